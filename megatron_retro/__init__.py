@@ -1,0 +1,3 @@
+"""RETRO pretraining on megatron-core."""
+
+__version__ = "0.1.0"

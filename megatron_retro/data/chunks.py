@@ -1,0 +1,183 @@
+"""Chunks over token files: the table from chunk ids to tokens, documents and splits.
+
+Document d with n tokens has ceil(n / C) chunks, so the table is the running sum of chunks per document:
+O(documents), and no second copy of the tokens. Chunk and document ids run over all corpora of a work dir in the
+manifest's order. Everything read from a corpus goes through `ChunkTable.tokens`.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import numpy as np
+
+from megatron_retro.errors import UserError
+from megatron_retro.workdir import WorkDir
+
+SPLITS = ("train", "valid", "test")
+
+_FIBONACCI = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """One token file `.bin/.idx`; a document's sequences lie one behind the other, so it is one run of tokens."""
+
+    name: str
+    tokens: np.ndarray  # [num_tokens] memory-mapped, as stored
+    start: np.ndarray  # [num_documents] int64: position of each document's first token in `tokens`
+    length: np.ndarray  # [num_documents] int64: its number of tokens
+    weight: float
+
+    @classmethod
+    def open(cls, name: str, prefix: str, weight: float = 1.0) -> "Corpus":
+        """Open Megatron's `<prefix>.bin` and `<prefix>.idx`.
+
+        Raises:
+            UserError: a file is missing, or the `.idx` points outside the `.bin`.
+        """
+        for suffix in (".bin", ".idx"):
+            if not pathlib.Path(prefix + suffix).is_file():
+                raise UserError(f"corpus {name!r}: no file {prefix}{suffix}; --data-path takes the path without suffix")
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        index = IndexedDataset(prefix).index
+        dtype = np.dtype(index.dtype)
+        lengths = index.sequence_lengths.astype(np.int64)
+        pointers = np.append(index.sequence_pointers.astype(np.int64) // dtype.itemsize, 0)
+        ends = np.append(0, np.cumsum(lengths))
+        first, last = index.document_indices[:-1].astype(np.int64), index.document_indices[1:].astype(np.int64)
+        size = pathlib.Path(prefix + ".bin").stat().st_size
+        tokens = np.memmap(prefix + ".bin", dtype=dtype, mode="r") if size >= dtype.itemsize else np.zeros(0, dtype)
+        corpus = cls(name, tokens, pointers[first], ends[last] - ends[first], weight)
+        if len(lengths) and int((pointers[:-1] + lengths).max()) > len(tokens):
+            raise UserError(f"corpus {name!r}: {prefix}.idx names tokens behind the {len(tokens)} of {prefix}.bin")
+        return corpus
+
+
+class ChunkTable:
+    """All chunks of a work dir's corpora.
+
+    Attributes:
+        chunk_length: C, tokens a chunk.
+        first_chunk: [num_documents + 1] int64, first chunk id of each document.
+        corpus_documents: [num_corpora + 1] int64, first document id of each corpus.
+    """
+
+    def __init__(self, corpora: list[Corpus], chunk_length: int):
+        self.corpora, self.chunk_length = corpora, chunk_length
+        self.corpus_documents = np.cumsum([0] + [len(corpus.length) for corpus in corpora])
+        self._start = np.concatenate([corpus.start for corpus in corpora])
+        self._length = np.concatenate([corpus.length for corpus in corpora])
+        self.first_chunk = running_sum(-(-self._length // chunk_length))
+
+    @classmethod
+    def open(cls, work: WorkDir) -> "ChunkTable":
+        """Open the corpora that the manifest names; the stored tables must equal what the corpora give.
+
+        Raises:
+            UserError: a corpus is missing or does not fit its `chunks/<name>.npy`.
+        """
+        corpora = [
+            Corpus.open(entry["name"], str(work.path / entry["prefix"]), entry["weight"])
+            for entry in work.facts("corpus")["corpora"]
+        ]
+        table = cls(corpora, work.facts("chunks")["chunk_length"])
+        for number, corpus in enumerate(corpora):
+            stored = np.load(work.path / "chunks" / f"{corpus.name}.npy", allow_pickle=False)
+            begin, end = table.corpus_documents[number : number + 2]
+            expected = table.first_chunk[begin : end + 1] - table.first_chunk[begin]
+            if not np.array_equal(stored, expected):
+                raise UserError(
+                    f"--retro-work-dir {work.path}: chunks/{corpus.name}.npy holds {stored[-1]} chunks in "
+                    f"{len(stored) - 1} documents, the corpus {expected[-1]} in {len(expected) - 1}; "
+                    "restore the corpus, or build a new work dir"
+                )
+        return table
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._length)
+
+    @property
+    def num_chunks(self) -> int:
+        return int(self.first_chunk[-1])
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._length.sum())
+
+    @functools.cached_property
+    def corpus_chunks(self) -> np.ndarray:
+        """First chunk id of each corpus, [num_corpora + 1] int64."""
+        return self.first_chunk[self.corpus_documents]
+
+    def document(self, chunk: np.ndarray) -> np.ndarray:
+        """The document of each chunk id (same shape, int64)."""
+        return np.searchsorted(self.first_chunk, chunk, side="right") - 1
+
+    def is_last(self, chunk: np.ndarray) -> np.ndarray:
+        """Whether each chunk is the last of its document (same shape, bool)."""
+        return self.first_chunk[self.document(chunk) + 1] == chunk + 1
+
+    def tokens(self, chunk: np.ndarray, num_tokens: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+        """What stands from each chunk's start on, never past the end of its document.
+
+        `num_tokens` C reads the chunk, C + 1 the chunk and its labels, 2C a neighbor with its continuation.
+
+        Args:
+            chunk: [n] int64 chunk ids; -1 reads nothing.
+            num_tokens: tokens a row.
+            pad: fills the row behind its tokens.
+
+        Returns:
+            (tokens [n, num_tokens] int64, lengths [n] int64).
+
+        Raises:
+            IndexError: an id that is no chunk.
+        """
+        if len(chunk) and not (-1 <= chunk.min() and chunk.max() < self.num_chunks):
+            raise IndexError(f"chunk ids {chunk.min()} … {chunk.max()} of a table of {self.num_chunks} chunks")
+        document = self.document(np.maximum(chunk, 0))
+        offset = (chunk - self.first_chunk[document]) * self.chunk_length
+        length = np.where(chunk >= 0, np.minimum(self._length[document] - offset, num_tokens), 0)
+        valid = np.arange(num_tokens) < length[:, None]
+        position = np.where(valid, (self._start[document] + offset)[:, None] + np.arange(num_tokens), 0)
+        tokens = np.full((len(chunk), num_tokens), pad, np.int64)
+        of_corpus = np.searchsorted(self.corpus_documents, document, side="right") - 1
+        for number in np.unique(of_corpus):
+            here = valid & (of_corpus == number)[:, None]
+            tokens[here] = self.corpora[number].tokens[position[here]]
+        return tokens, length
+
+    def documents_in(self, split: str, weights: tuple[float, ...]) -> np.ndarray:
+        """Ids of the documents in a split, ascending (int64).
+
+        A document's split follows from its number in its corpus alone (Fibonacci hashing: evenly spread, exact to
+        about one document, unchanged when the corpus grows).
+
+        Args:
+            split: "train", "valid" or "test".
+            weights: share of each split, in any unit.
+        """
+        bounds = np.cumsum([0.0, *weights]) / sum(weights)
+        local = np.concatenate([np.arange(len(corpus.length)) for corpus in self.corpora])
+        share = ((local.astype(np.uint64) + np.uint64(1)) * _FIBONACCI >> np.uint64(11)).astype(np.float64) / 2**53
+        number = SPLITS.index(split)
+        return np.flatnonzero((bounds[number] <= share) & (share < bounds[number + 1]))
+
+    def chunks_of(self, documents: np.ndarray) -> np.ndarray:
+        """The chunk ids of documents, document after document (int64)."""
+        return ranges(self.first_chunk[documents], self.first_chunk[documents + 1])
+
+
+def running_sum(counts: np.ndarray) -> np.ndarray:
+    """[0, c0, c0 + c1, …] as int64."""
+    return np.append(0, np.cumsum(counts, dtype=np.int64)).astype(np.int64)
+
+
+def ranges(begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Concatenation of `arange(begin[i], end[i])` over i (int64)."""
+    sizes = end - begin
+    offset = np.repeat(begin - running_sum(sizes)[:-1], sizes)
+    return offset + np.arange(len(offset))

@@ -1,0 +1,80 @@
+"""Ranks outside of megatron-core: who am I, wait for all, fail together.
+
+Works under `torchrun` and as a plain process (rank 0 of 1, no process group).
+"""
+
+import datetime
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from megatron_retro.errors import UserError
+
+Result = TypeVar("Result")
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def use_this_ranks_cores() -> int:
+    """Give torch this rank's share of the machine's cores (torchrun sets one); returns the number of threads."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_threads = max(1, cores // local_world_size())
+    torch.set_num_threads(num_threads)
+    return num_threads
+
+
+def init_gloo(timeout_minutes: float) -> None:
+    """Join the ranks over gloo, once; nothing to do for a single plain process."""
+    import torch.distributed as dist
+
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
+
+
+def all_gather(value: Any) -> list[Any]:
+    """`value` of every rank, in rank order."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """Run `work` on this rank and wait for all; if it raised on any rank, raise that error on every rank.
+
+    `work` must not communicate: a rank that failed would leave the others waiting.
+
+    Raises:
+        UserError: some rank's `work` raised it.
+        RuntimeError: some rank's `work` raised anything else.
+    """
+    error: Exception | None = None
+    result = None
+    try:
+        result = work()
+    except Exception as caught:  # re-raised below, on every rank
+        error = caught
+    reports = all_gather(None if error is None else (isinstance(error, UserError), str(error), type(error).__name__))
+    if error is not None:
+        raise error
+    for failed_rank, report in enumerate(reports):
+        if report is not None:
+            by_user, message, kind = report
+            raise UserError(message) if by_user else RuntimeError(f"rank {failed_rank} failed: {kind}: {message}")
+    return result  # type: ignore[return-value]

@@ -1,0 +1,19 @@
+"""How bad input ends: one line, exit code 2, on every rank."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Bad input: the message names what, where, which flag, both values, and the way out."""
+
+
+def exit_on_user_error(main: Callable[[], None]) -> None:
+    """Run a program's `main`; a `UserError` becomes one line on rank 0 and exit code 2 on every rank."""
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

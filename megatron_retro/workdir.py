@@ -1,0 +1,177 @@
+"""The work dir: atomic files, and a manifest in which every stage names what it was made from.
+
+    manifest.json                   settings, and one record a finished stage (see `STAGES`)
+    tokenizer/                      the tokenizer's file
+    corpus/<name>.bin .idx          one document = one sequence (absent where the user's own prefix is used in place)
+    chunks/<name>.npy               first chunk id of each document, [num_documents + 1] int64
+    embeddings/<name>/<a>-<b>.npy   embeddings of chunks a … b-1 of the corpus, [b-a, E] float16
+    index/                          trained.faiss, and shard-<i>.faiss holding the database's chunks
+    neighbors/<name>/<a>-<b>.*.npy  ids [b-a, K_saved] int64 (-1: none), distances [b-a, K_saved] float32
+    report/                         figures for people
+
+A stage's record holds `facts` (plain values), `files` (path -> fingerprint), `parent` (the digest of the stage before
+it) and `digest` (of all three): a chain, so exchanging anything is seen. Records are written last: existence means
+complete. Nothing in a work dir is ever deleted or overwritten by a different value.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megatron_retro.errors import UserError
+
+STAGES = ("tokenizer", "corpus", "chunks", "embeddings", "index", "neighbors")
+FORMAT_VERSION = 1
+
+_WINDOW_BYTES, _NUM_WINDOWS = 1 << 16, 64
+
+
+class WorkDir:
+    """A `--retro-work-dir`: its manifest's settings and stage records.
+
+    Raises:
+        UserError: the manifest is not readable as one of this version.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        self.manifest: dict[str, Any] = {"version": FORMAT_VERSION, "settings": {}, "stages": {}}
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the manifest again, after another rank wrote it."""
+        file = self.path / "manifest.json"
+        if not file.exists():
+            return
+        try:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            version = manifest["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is not a work dir's manifest ({error}); restore it from a backup") from None
+        if version != FORMAT_VERSION:
+            raise UserError(f"{file} has version {version}, this program reads {FORMAT_VERSION}; build a new work dir")
+        self.manifest = manifest
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.manifest["settings"]
+
+    def write(self) -> None:
+        """Write the manifest (by one rank)."""
+        text = json.dumps(self.manifest, indent=1, sort_keys=True)
+        write_atomically(self.path / "manifest.json", lambda file: file.write(text.encode()))
+
+    def has(self, stage: str) -> bool:
+        return stage in self.manifest["stages"]
+
+    def facts(self, stage: str) -> dict[str, Any]:
+        """What a finished stage recorded.
+
+        Raises:
+            UserError: the stage has not been run.
+        """
+        if not self.has(stage):
+            raise UserError(
+                f"--retro-work-dir {self.path} has no finished stage {stage!r}; run tools/preprocess_retro_data.py on it"
+            )
+        return self.manifest["stages"][stage]["facts"]
+
+    def commit(self, stage: str, facts: dict[str, Any], files: list[pathlib.Path]) -> None:
+        """Record a stage as complete (by one rank, after all wrote their files)."""
+        prints = {self._name(file): fingerprint(file) for file in sorted(files)}
+        record = {"facts": facts, "files": prints, "parent": self._parent_digest(stage)}
+        self.manifest["stages"][stage] = {**record, "digest": _digest(record)}
+        self.write()
+
+    def verify(self, stages: tuple[str, ...] = STAGES) -> None:
+        """Check that the named stages are complete, unexchanged, and made from one another.
+
+        Reads every small file and 64 windows of every large one.
+
+        Raises:
+            UserError: names the stage or file, and both values.
+        """
+        for stage in stages:
+            self.facts(stage)
+            record = self.manifest["stages"][stage]
+            self._check(f"{stage}.parent", record["parent"], self._parent_digest(stage))
+            body = {key: record[key] for key in ("facts", "files", "parent")}
+            self._check(f"{stage}.digest", record["digest"], _digest(body))
+            for name, recorded in record["files"].items():
+                file = self.path / name
+                found = fingerprint(file) if file.exists() else "no such file"
+                self._check(f"{stage} file {name}", recorded, found)
+
+    def _check(self, field: str, recorded: Any, found: Any) -> None:
+        if recorded != found:
+            raise UserError(
+                f"--retro-work-dir {self.path}: {field} was {recorded} when the manifest was written, is now {found}; "
+                "restore what was exchanged, or build a new work dir"
+            )
+
+    def _parent_digest(self, stage: str) -> str:
+        position = STAGES.index(stage)
+        if position == 0:
+            return ""
+        self.facts(STAGES[position - 1])
+        return self.manifest["stages"][STAGES[position - 1]]["digest"]
+
+    def _name(self, file: pathlib.Path) -> str:
+        """A path as the manifest writes it: relative inside the work dir, absolute outside."""
+        file = file.absolute()
+        inside = file.is_relative_to(self.path.absolute())
+        return str(file.relative_to(self.path.absolute()) if inside else file)
+
+
+def write_atomically(path: pathlib.Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Let `write` fill a temporary file, then give it its name: `path` is complete or absent, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: pathlib.Path) -> None:
+    """Make renames inside `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_npy(path: pathlib.Path, array: np.ndarray) -> None:
+    write_atomically(path, lambda file: np.save(file, array, allow_pickle=False))
+
+
+def fingerprint(path: pathlib.Path) -> str:
+    """Size and SHA-256: of the whole file up to 4 MiB, else of 64 evenly spread windows of 64 KiB.
+
+    Tells an exchanged file from the right one in bounded time; it is not a guard against single flipped bits.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        if size <= _WINDOW_BYTES * _NUM_WINDOWS:
+            digest.update(file.read())
+        else:
+            for window in range(_NUM_WINDOWS):
+                file.seek((size - _WINDOW_BYTES) * window // (_NUM_WINDOWS - 1))
+                digest.update(file.read(_WINDOW_BYTES))
+    return f"{size}:{digest.hexdigest()[:32]}"
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
