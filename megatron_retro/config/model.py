@@ -1,0 +1,176 @@
+"""Flags of the model's shape, and the values that follow from others."""
+
+import dataclasses
+
+from megatron_retro.config.flags import flag, flag_name
+from megatron_retro.errors import UserError
+
+
+@dataclasses.dataclass
+class RetroConfig:
+    """RETRO: retrieval, encoder, chunked cross-attention"""
+
+    retro_add_retriever: bool = flag(False, "train RETRO; without it the plain GPT, on the same samples")
+    retro_work_dir: str | None = flag(None, "work dir that tools/preprocess_retro_data.py built")
+    retro_num_neighbors: int = flag(2, "neighbors read by each chunk (K)")
+    retro_layers: str | None = flag(
+        None, "decoder layers with cross-attention, from 1", show="every third from 6, or from 9 above 15 layers"
+    )
+    retro_encoder_layers: int = flag(2, "layers of the neighbor encoder")
+    retro_encoder_hidden_size: int | None = flag(None, "width of the neighbor encoder", show="--hidden-size")
+    retro_encoder_ffn_hidden_size: int | None = flag(None, "its MLP's width", show="in the decoder's proportion")
+    retro_encoder_num_attention_heads: int | None = flag(None, "its heads", show="its width / --kv-channels")
+    retro_retrieval_dropout: float = flag(0.1, "share of training samples whose neighbors are all hidden")
+    retro_random_neighbor_prob: float = flag(0.05, "share of training samples that get random neighbors")
+
+    def finish(self, model: "ModelConfig") -> None:
+        """Fill in what follows from the decoder; check. Call after `model.finish()`.
+
+        Raises:
+            UserError: names the flag, both values and what would fit.
+        """
+        if self.retro_layers is None:
+            self.retro_layers = ",".join(map(str, default_retro_layers(model.num_layers)))
+        if self.retro_encoder_hidden_size is None:
+            self.retro_encoder_hidden_size = model.hidden_size
+        if self.retro_encoder_ffn_hidden_size is None:
+            assert model.ffn_hidden_size
+            self.retro_encoder_ffn_hidden_size = (
+                self.retro_encoder_hidden_size * model.ffn_hidden_size // model.hidden_size
+            )
+        if self.retro_encoder_num_attention_heads is None:
+            assert model.kv_channels
+            self.retro_encoder_num_attention_heads = max(1, self.retro_encoder_hidden_size // model.kv_channels)
+        for name in ("retro_num_neighbors", "retro_encoder_layers", "retro_encoder_hidden_size"):
+            _at_least_one(name, getattr(self, name))
+        for name in ("retro_retrieval_dropout", "retro_random_neighbor_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{flag_name(name)} is {getattr(self, name)}; it is a share, from 0 to 1")
+        if self.retro_retrieval_dropout + self.retro_random_neighbor_prob > 1:
+            raise UserError(
+                f"--retro-retrieval-dropout {self.retro_retrieval_dropout} and --retro-random-neighbor-prob "
+                f"{self.retro_random_neighbor_prob} add up to more than 1"
+            )
+        for number in self.layers:
+            if not 1 <= number <= model.num_layers:
+                raise UserError(
+                    f"--retro-layers names layer {number}; --num-layers {model.num_layers} has 1 … {model.num_layers}"
+                )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The RETRO layers, ascending, numbered from 1."""
+        try:
+            return tuple(sorted({int(number) for number in str(self.retro_layers).split(",")}))
+        except ValueError:
+            raise UserError(f"--retro-layers is {self.retro_layers!r}; it takes numbers like 6,9,12") from None
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """Model"""
+
+    num_layers: int = flag(12, "decoder layers")
+    hidden_size: int = flag(768, "decoder width (D)")
+    ffn_hidden_size: int | None = flag(None, "width inside the MLP", show="4 D; with --swiglu 8/3 D up to 64s")
+    num_attention_heads: int | None = flag(None, "attention heads", show="D / 64")
+    kv_channels: int | None = flag(None, "width of a head", show="D / heads")
+    group_query_attention: bool = flag(False, "share keys and values among --num-query-groups groups of heads")
+    num_query_groups: int | None = flag(None, "groups of --group-query-attention", show="a quarter of the heads")
+    seq_length: int = flag(1024, "tokens a sample (S)")
+    max_position_embeddings: int | None = flag(None, "longest sequence", show="--seq-length")
+    position_embedding_type: str = flag("rope", "positions of the decoder", choices=("rope", "learned_absolute"))
+    rotary_base: int = flag(10000, "base period of rotary positions")
+    normalization: str = flag("LayerNorm", "normalization", choices=("LayerNorm", "RMSNorm"))
+    norm_epsilon: float = flag(1e-5, "epsilon of the normalization")
+    swiglu: bool = flag(False, "SwiGLU in place of GELU")
+    disable_bias_linear: bool = flag(False, "linear layers without biases")
+    untie_embeddings_and_output_weights: bool = flag(False, "an output layer of its own")
+    hidden_dropout: float = flag(0.0, "dropout on each residual branch")
+    attention_dropout: float = flag(0.0, "dropout on attention weights")
+    init_method_std: float = flag(0.02, "standard deviation of initial weights")
+    make_vocab_size_divisible_by: int = flag(128, "pad the vocabulary to a multiple of this")
+
+    def finish(self) -> None:
+        """Fill in what follows from other values; check.
+
+        Raises:
+            UserError: names the flag, both values and what would fit.
+        """
+        for name in ("num_layers", "hidden_size", "seq_length"):
+            _at_least_one(name, getattr(self, name))
+        if self.num_attention_heads is None:
+            self.num_attention_heads = max(1, self.hidden_size // 64)
+        _at_least_one("num_attention_heads", self.num_attention_heads)
+        if self.kv_channels is None:
+            _divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
+            self.kv_channels = self.hidden_size // self.num_attention_heads
+        if self.kv_channels % 2:
+            raise UserError(f"--kv-channels is {self.kv_channels}; rotary positions need an even width of a head")
+        if self.ffn_hidden_size is None:
+            glu_width = -(-self.hidden_size * 8 // 3 // 64) * 64
+            self.ffn_hidden_size = glu_width if self.swiglu else 4 * self.hidden_size
+        if not self.group_query_attention:
+            self.num_query_groups = self.num_attention_heads
+        elif self.num_query_groups is None:
+            self.num_query_groups = max(1, self.num_attention_heads // 4)
+        _divides("num_query_groups", self.num_query_groups or 0, "num_attention_heads", self.num_attention_heads)
+        if self.max_position_embeddings is None:
+            self.max_position_embeddings = self.seq_length
+        if self.max_position_embeddings < self.seq_length:
+            raise UserError(
+                f"--max-position-embeddings {self.max_position_embeddings} is less than --seq-length {self.seq_length}"
+            )
+
+
+@dataclasses.dataclass
+class ParallelConfig:
+    """Parallelism and precision"""
+
+    tensor_model_parallel_size: int = flag(1, "ranks that share every layer (TP)")
+    pipeline_model_parallel_size: int = flag(1, "stages of layers (PP)")
+    sequence_parallel: bool = flag(False, "shard activations between the tensor-parallel parts along the sequence")
+    bf16: bool = flag(False, "train in bfloat16 with fp32 main weights; without it fp32")
+    distributed_timeout_minutes: int = flag(10, "minutes until a rank gives up waiting for another")
+
+    def finish(self, world_size: int, model: ModelConfig, retro: RetroConfig | None) -> None:
+        """Check that the layout fits the ranks and the model.
+
+        Raises:
+            UserError: names the flag, both values and what would fit.
+        """
+        tensor, stages = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            _at_least_one(name, getattr(self, name))
+        if world_size % (tensor * stages):
+            raise UserError(
+                f"--tensor-model-parallel-size {tensor} × --pipeline-model-parallel-size {stages} must divide the "
+                f"{world_size} ranks; start torchrun with a multiple of {tensor * stages}"
+            )
+        if self.sequence_parallel and tensor == 1:
+            raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1")
+        _divides("pipeline_model_parallel_size", stages, "num_layers", model.num_layers)
+        _divides("tensor_model_parallel_size", tensor, "num_attention_heads", model.num_attention_heads or 0)
+        _divides("tensor_model_parallel_size", tensor, "num_query_groups", model.num_query_groups or 0)
+        _divides("tensor_model_parallel_size", tensor, "ffn_hidden_size", model.ffn_hidden_size or 0)
+        if self.sequence_parallel:
+            _divides("tensor_model_parallel_size", tensor, "seq_length", model.seq_length)
+        if retro:
+            for name in ("retro_encoder_num_attention_heads", "retro_encoder_ffn_hidden_size"):
+                _divides("tensor_model_parallel_size", tensor, name, getattr(retro, name))
+
+
+def default_retro_layers(num_layers: int) -> tuple[int, ...]:
+    """Every third layer from 6, or from 9 above 15 layers (as Megatron-LM did); below 6 layers from the middle."""
+    first = 9 if num_layers > 15 else 6 if num_layers >= 6 else max(1, num_layers // 2)
+    return tuple(range(first, num_layers + 1, 3))
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{flag_name(name)} is {value}; it must be at least 1")
+
+
+def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
+    if divisor < 1 or value % divisor:
+        raise UserError(f"{flag_name(divisor_name)} {divisor} does not divide {flag_name(name)} {value}")

@@ -1,0 +1,241 @@
+"""The only module that knows megatron-core's versions and the CPU's differences.
+
+Everything the project takes from megatron-core comes through here: process groups, parallel linears, schedules,
+optimizer, distributed checkpoints. Tested with 0.16.1.
+"""
+
+import contextlib
+import datetime
+import os
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+warnings.filterwarnings("ignore", message="Apex is not installed")
+
+# ruff: noqa: E402
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding, apply_rotary_pos_emb
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_retro.mcore_cpu import TypeNamesMode, redirect_to_cpu
+
+__all__ = [
+    "MLP",
+    "AttnMaskType",
+    "ColumnParallelLinear",
+    "IndexedDataset",
+    "IndexedDatasetBuilder",
+    "LanguageModelEmbedding",
+    "LanguageModule",
+    "MLPSubmodules",
+    "MegatronModule",
+    "OptimizerParamScheduler",
+    "RotaryEmbedding",
+    "RowParallelLinear",
+    "SelfAttention",
+    "SelfAttentionSubmodules",
+    "TransformerConfig",
+    "apply_rotary_pos_emb",
+    "get_bias_dropout_add",
+    "get_cuda_rng_tracker",
+    "parallel_state",
+]
+
+# How dist_checkpointing names things: every layer has parameters of its own kind, so none is stacked over layers.
+_CHECKPOINT_FORMAT = {"non_homogeneous_layers": True, "chained_optim_avoid_prefix": True}
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
+
+
+def initialize(tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1, *, timeout_minutes: float = 10) -> None:
+    """Join the ranks (nccl with CUDA, gloo without; one plain process is a world of one) and form the groups."""
+    if has_gpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        redirect_to_cpu()
+    if not dist.is_initialized():
+        backend, timeout = ("nccl" if has_gpu() else "gloo"), datetime.timedelta(minutes=timeout_minutes)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(tensor_parallel_size, pipeline_parallel_size)
+
+
+def shut_down() -> None:
+    """Leave the groups and the process group."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def reseed(seed: int) -> None:
+    """Start every random stream anew: equal over data- and tensor-parallel ranks, but for the tensor-parallel stream.
+
+    Called before each step with a seed made of (run seed, step), so a run resumes without stored random states.
+    """
+    seed = (seed + 100 * parallel_state.get_pipeline_model_parallel_rank()) % 2**31
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+@contextlib.contextmanager
+def initial_weights(seed: int, name: str) -> Iterator[None]:
+    """Draw the weights made in this block from a stream of their own.
+
+    Initial weights then depend on (seed, name) alone, not on which rank or stage makes what before them.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+        yield
+
+
+def sharded_dropout(config: TransformerConfig) -> contextlib.AbstractContextManager:
+    """Around dropout on sequence-sharded activations: each tensor-parallel rank draws its own mask."""
+    return get_cuda_rng_tracker().fork() if config.sequence_parallel else contextlib.nullcontext()
+
+
+def layers_of_this_stage(config: TransformerConfig) -> range:
+    """Numbers (from 1) of the decoder layers that this pipeline stage holds."""
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    offset = get_transformer_layer_offset(config, None, rank)
+    return range(offset + 1, offset + get_num_layers_to_build(config, None, rank) + 1)
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def wrap_for_training(model: LanguageModule) -> DistributedDataParallel:
+    """Move a model to this rank's device, in its precision, under megatron-core's data parallelism."""
+    config = model.config
+    model = model.to(device())
+    module = Float16Module(config, model) if config.bf16 else model
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    config.finalize_model_grads_func = finalize_model_grads
+    wrapped = DistributedDataParallel(config, ddp_config, module)
+    wrapped.broadcast_params()
+    return wrapped
+
+
+def unwrap(model: torch.nn.Module) -> Any:
+    """The model under its Float16Module and DistributedDataParallel."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def build_optimizer(model: DistributedDataParallel, **settings: Any) -> Any:
+    """Adam with fp32 main weights: Transformer Engine's, apex's or torch's, whichever is installed (in that order).
+
+    Args:
+        settings: `OptimizerConfig` fields (lr, weight_decay, adam_beta1, clip_grad, …).
+    """
+    config = model.config
+    with _cuda_type_names():
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(optimizer="adam", bf16=config.bf16, params_dtype=config.params_dtype, **settings), [model]
+        )
+    config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def optimizer_step(optimizer: Any) -> tuple[bool, float]:
+    """Clip, update; returns (updated, gradient norm before clipping)."""
+    with _cuda_type_names():
+        updated, grad_norm, _ = optimizer.step()
+    return bool(updated), float(grad_norm or 0.0)
+
+
+def run_pipeline(
+    forward_step: Callable,
+    batches: Iterator,
+    model: torch.nn.Module,
+    *,
+    num_microbatches: int,
+    seq_length: int,
+    micro_batch_size: int,
+    forward_only: bool,
+) -> list[Any]:
+    """Forward (and backward) of all microbatches through the pipeline's stages.
+
+    Args:
+        forward_step: (batches, model) -> (output, loss function), megatron-core's contract.
+        seq_length: rows of the tensor that one stage hands to the next.
+
+    Returns:
+        The reports of the loss function, one a microbatch; empty before the last stage.
+    """
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=batches,
+        model=model,
+        num_microbatches=num_microbatches,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_state(model: torch.nn.Module, optimizer: Any, directory: str) -> None:
+    """Write weights and optimizer state, sharded, into an empty directory; every rank calls it."""
+    state = _sharded_state(model, optimizer, is_loading=False)
+    with _cuda_type_names():
+        dist_checkpointing.save(state, directory, content_metadata=_CHECKPOINT_FORMAT)
+
+
+def load_state(model: torch.nn.Module, optimizer: Any | None, directory: str) -> None:
+    """Read what `save_state` wrote, at this run's layout; `optimizer` None loads weights only."""
+    state = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), directory)
+    unwrap(model).load_state_dict(state["model"])
+    if optimizer is not None:
+        with _cuda_type_names():
+            optimizer.load_state_dict(state["optimizer"])
+
+
+def _sharded_state(model: torch.nn.Module, optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    metadata = {**_CHECKPOINT_FORMAT, "dp_cp_group": group}
+    state = {"model": unwrap(model).sharded_state_dict(metadata=metadata)}
+    if optimizer is not None:
+        with _cuda_type_names():
+            state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def _cuda_type_names() -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if has_gpu() else TypeNamesMode()

@@ -1,0 +1,211 @@
+"""Attention: self-attention's kernel, and the two cross-attentions of RETRO.
+
+Letters: S positions, B samples, C chunk length, L chunks, K neighbors, R retrieved tokens, H heads of this rank,
+G key/value groups of this rank, E width of a head, D hidden size.
+
+Project first, chunk after: q, k and v are projected on the sequence as it lies, so tensor and sequence parallelism
+work as in any layer; shifting and chunking are views (or one copy) of the projected heads.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_retro.mcore import (
+    AttnMaskType,
+    ColumnParallelLinear,
+    MegatronModule,
+    RowParallelLinear,
+    TransformerConfig,
+    apply_rotary_pos_emb,
+    get_cuda_rng_tracker,
+    parallel_state,
+)
+from megatron_retro.model.neighbors import Neighbors
+
+
+def attend(
+    q_SxNxHxE: Tensor,
+    k_TxNxGxE: Tensor,
+    v_TxNxGxE: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(q kᵀ / √E) v over the first axis, through torch's fused kernels; [S, N, H, E].
+
+    Args:
+        mask: bool, True where a query may look; broadcast to [N, H, S, T].
+        causal: query s looks at keys ≤ s; with a mask given, the mask must say so itself.
+        dropout: of the attention weights; heads are sharded, so each tensor-parallel rank draws its own.
+    """
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SxNxHxE, k_TxNxGxE, v_TxNxGxE))
+    grouped = q.shape[1] != k.shape[1]
+    with get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, enable_gqa=grouped
+        )
+    return out.permute(2, 0, 1, 3)
+
+
+class CoreAttention(torch.nn.Module):
+    """The kernel inside megatron-core's `SelfAttention`."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, **_: Any):
+        super().__init__()
+        self.causal = attn_mask_type == AttnMaskType.causal
+        self.dropout = config.attention_dropout
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        out = attend(query, key, value, mask=attention_mask, causal=self.causal, dropout=dropout)
+        return out.flatten(2)
+
+
+class CrossAttention(MegatronModule):
+    """Projections of a cross-attention whose keys and values may be of another width than its queries.
+
+    Args:
+        config: shape of queries, heads and output.
+        key_value_size: width of what is read.
+    """
+
+    def __init__(self, config: TransformerConfig, key_value_size: int):
+        super().__init__(config)
+        world = parallel_state.get_tensor_model_parallel_world_size()
+        self.head_size = config.kv_channels
+        self.num_heads = config.num_attention_heads // world
+        self.num_groups = config.num_query_groups // world
+        column = dict(config=config, init_method=config.init_method, bias=config.add_bias_linear, gather_output=False)
+        query_size = config.kv_channels * config.num_attention_heads
+        kv_size = config.kv_channels * config.num_query_groups
+        self.linear_q = ColumnParallelLinear(config.hidden_size, query_size, **column)
+        self.linear_kv = ColumnParallelLinear(key_value_size, 2 * kv_size, **column)
+        self.linear_proj = RowParallelLinear(
+            query_size,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=config.add_bias_linear,
+            input_is_parallel=True,
+            skip_bias_add=True,
+        )
+
+    def queries(self, x_SxBxD: Tensor) -> Tensor:
+        q, _ = self.linear_q(x_SxBxD)
+        return q.unflatten(-1, (self.num_heads, self.head_size))
+
+    def keys_values(self, x_TxNxD: Tensor) -> tuple[Tensor, Tensor]:
+        # Each group's key and value lie side by side, so a tensor-parallel shard holds whole groups.
+        kv, _ = self.linear_kv(x_TxNxD)
+        key, value = kv.unflatten(-1, (self.num_groups, 2 * self.head_size)).chunk(2, dim=-1)
+        return key, value
+
+    def rotate(self, x: Tensor, angles: Tensor) -> Tensor:
+        return apply_rotary_pos_emb(x, angles, config=self.config)
+
+    @property
+    def active_dropout(self) -> float:
+        return self.config.attention_dropout if self.training else 0.0
+
+
+class ChunkedCrossAttention(CrossAttention):
+    """The decoder reads encoded neighbors (CCA, arXiv 2112.04426, eq. 3 and listing 1).
+
+    Positions u·C+C-1 … (u+1)·C+C-2, counted from 0, attend to all K·R encoded positions of the neighbors of chunk u,
+    softmax jointly over K·R. The first C-1 positions and those of chunks without neighbors get exactly zero.
+    Query offset i in [0, C) has rotary position C-1+i, retrieved token j position j, for all K alike.
+    """
+
+    def __init__(self, config: TransformerConfig, encoder_hidden_size: int, chunk_length: int):
+        super().__init__(config, encoder_hidden_size)
+        self.chunk_length = chunk_length
+
+    def forward(
+        self, x_SxBxD: Tensor, encoded_RxKBLxD: Tensor, neighbors: Neighbors, angles: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns (output [S, B, D], its bias, zero where nothing is read, [S, B, D] or None)."""
+        q_SxBxHxE = self.queries(x_SxBxD)
+        k_RxKBLxGxE, v_RxKBLxGxE = self.keys_values(encoded_RxKBLxD)
+        num_positions, num_samples = q_SxBxHxE.shape[:2]
+        num_chunks = neighbors.readable_BxL.shape[1]
+
+        position = torch.arange(num_positions, device=angles.device)
+        q_SxBxHxE = self.rotate(q_SxBxHxE, angles[(position + 1) % self.chunk_length + self.chunk_length - 1])
+        k_RxKBLxGxE = self.rotate(k_RxKBLxGxE, angles[: k_RxKBLxGxE.shape[0]])
+
+        q_CxBLxHxE = chunk_queries(q_SxBxHxE, self.chunk_length, num_chunks)
+        k_RKxBLxGxE, v_RKxBLxGxE = (
+            x.reshape(-1, q_CxBLxHxE.shape[1], *x.shape[2:]) for x in (k_RxKBLxGxE, v_RxKBLxGxE)
+        )
+        out_CxBLxHxE = attend(
+            q_CxBLxHxE, k_RKxBLxGxE, v_RKxBLxGxE, mask=neighbors.key_mask, dropout=self.active_dropout
+        )
+        out_CxBLxHxE = out_CxBLxHxE * neighbors.readable_BxL.flatten()[:, None, None]
+        out_SxBxHxE = unchunk_queries(out_CxBLxHxE, num_samples, num_positions)
+
+        out_SxBxD, bias = self.linear_proj(out_SxBxHxE.flatten(2))
+        return out_SxBxD, self._masked(bias, neighbors, num_positions)
+
+    def _masked(self, bias: Tensor | None, neighbors: Neighbors, num_positions: int) -> Tensor | None:
+        if bias is None:
+            return None
+        readable_SxB = neighbors.readable_positions(num_positions, self.chunk_length)
+        if self.config.sequence_parallel:
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            readable_SxB = readable_SxB.chunk(parallel_state.get_tensor_model_parallel_world_size())[rank]
+        return bias * readable_SxB[..., None]
+
+
+class EncoderCrossAttention(CrossAttention):
+    """The encoder reads the decoder: tokens of a neighbor of chunk u attend to the C hidden states of chunk u.
+
+    Retrieved token j has rotary position j, position i of the chunk position i.
+    """
+
+    def __init__(self, config: TransformerConfig, decoder_hidden_size: int, chunk_length: int):
+        super().__init__(config, decoder_hidden_size)
+        self.chunk_length = chunk_length
+
+    def forward(
+        self, x_RxKBLxD: Tensor, decoder_SxBxD: Tensor, neighbors: Neighbors, angles: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns (output [R, K·B·L, D], bias [D] or None)."""
+        q_RxKBLxHxE = self.queries(x_RxKBLxD)
+        k_SxBxGxE, v_SxBxGxE = self.keys_values(decoder_SxBxD)
+        num_retrieved, num_rows = q_RxKBLxHxE.shape[:2]
+        num_samples, num_chunks = neighbors.readable_BxL.shape
+
+        position = torch.arange(k_SxBxGxE.shape[0], device=angles.device)
+        q_RxKBLxHxE = self.rotate(q_RxKBLxHxE, angles[:num_retrieved])
+        k_SxBxGxE = self.rotate(k_SxBxGxE, angles[position % self.chunk_length])
+
+        q_RKxBLxHxE = q_RxKBLxHxE.reshape(-1, num_samples * num_chunks, *q_RxKBLxHxE.shape[2:])
+        k_CxBLxGxE, v_CxBLxGxE = (split_chunks(x, self.chunk_length, num_chunks) for x in (k_SxBxGxE, v_SxBxGxE))
+        out_RKxBLxHxE = attend(q_RKxBLxHxE, k_CxBLxGxE, v_CxBLxGxE, dropout=self.active_dropout)
+        return self.linear_proj(out_RKxBLxHxE.reshape(num_retrieved, num_rows, -1))
+
+
+def split_chunks(x_SxBx: Tensor, chunk_length: int, num_chunks: int) -> Tensor:
+    """[S, B, …] → [C, B·L, …], of the first L chunks."""
+    x = x_SxBx[: num_chunks * chunk_length].unflatten(0, (num_chunks, chunk_length))
+    return x.permute(1, 2, 0, *range(3, x.dim())).flatten(1, 2)
+
+
+def chunk_queries(q_SxBx: Tensor, chunk_length: int, num_chunks: int) -> Tensor:
+    """[S, B, …] → [C, B·L, …] where row (i, (b, u)) is position u·C + C-1 + i, or zeros behind the end."""
+    shifted = q_SxBx[chunk_length - 1 :]
+    missing = num_chunks * chunk_length - shifted.shape[0]
+    return split_chunks(F.pad(shifted, (0, 0) * (q_SxBx.dim() - 1) + (0, missing)), chunk_length, num_chunks)
+
+
+def unchunk_queries(x_CxBLx: Tensor, num_samples: int, num_positions: int) -> Tensor:
+    """Inverse of `chunk_queries`; the first C-1 positions are zero. [C, B·L, …] → [S, B, …]"""
+    chunk_length = x_CxBLx.shape[0]
+    x = x_CxBLx.unflatten(1, (num_samples, -1))
+    x = x.permute(2, 0, 1, *range(3, x.dim())).flatten(0, 1)
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (chunk_length - 1, 0))[:num_positions]

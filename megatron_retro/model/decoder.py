@@ -1,0 +1,101 @@
+"""RetroDecoder: the whole idea in one forward."""
+
+from torch import Tensor
+
+from megatron_retro.mcore import (
+    MegatronModule,
+    RotaryEmbedding,
+    TransformerConfig,
+    initial_weights,
+    layers_of_this_stage,
+)
+from megatron_retro.model.attention import ChunkedCrossAttention
+from megatron_retro.model.encoder import RetroEncoder
+from megatron_retro.model.layer import Layer, LayerStack, Norm
+from megatron_retro.model.neighbors import Neighbors
+
+
+class RetroDecoder(MegatronModule):
+    """This pipeline stage's layers; without RETRO layers it is a plain GPT decoder.
+
+    Args:
+        config: the decoder's shape.
+        encoder_config: the encoder's; None for a plain GPT.
+        retro_layers: numbers (from 1, over all stages) of the layers that read neighbors.
+        vocab_size: padded vocabulary, for the encoder's embedding.
+        chunk_length: C.
+        rotary: whether self-attention has rotary positions.
+        rotary_base: their base period, here and in cross-attention.
+        final_norm: whether this is the last stage.
+        seed: of the initial weights.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        encoder_config: TransformerConfig | None,
+        *,
+        retro_layers: tuple[int, ...],
+        vocab_size: int,
+        chunk_length: int,
+        rotary: bool,
+        rotary_base: int,
+        final_norm: bool,
+        seed: int,
+    ):
+        super().__init__(config)
+        self.first_retro_layer = min(retro_layers, default=0)
+        self.retrieved_length = 2 * chunk_length
+        self.angles = RotaryEmbedding(
+            config.kv_channels, 1.0, rotary_base=rotary_base, use_cpu_initialization=config.use_cpu_initialization
+        )
+        self.rotary = rotary
+        self.layers = LayerStack(config)
+        self.encoder = None
+        for number in layers_of_this_stage(config):
+            reads = None
+            with initial_weights(seed, f"layer {number}"):
+                if number in retro_layers:
+                    assert encoder_config
+                    reads = ChunkedCrossAttention(config, encoder_config.hidden_size, chunk_length)
+                self.layers.append(Layer(config, number, causal=True, cross_attention=reads))
+        if self.first_retro_layer in layers_of_this_stage(config):
+            assert encoder_config
+            with initial_weights(seed, "encoder"):
+                self.encoder = RetroEncoder(
+                    encoder_config, vocab_size, config.hidden_size, chunk_length, self.retrieved_length, rotary_base
+                )
+        self.final_layernorm = Norm(config) if final_norm else None
+
+    def forward(
+        self,
+        x_SxBxD: Tensor,
+        *,
+        num_positions: int,
+        mask: Tensor | None = None,
+        neighbors: Neighbors | None = None,
+        encoded_RxKBLxD: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run this stage's layers.
+
+        Args:
+            x_SxBxD: hidden states; under sequence parallelism this rank's part of S.
+            num_positions: S.
+            mask: of self-attention, bool [B, 1, S, S], True where a position may look; None means causal.
+            neighbors: retrieved tokens; None turns retrieval off.
+            encoded_RxKBLxD: the encoder's output when an earlier stage made it.
+
+        Returns:
+            (hidden states, the encoder's output or None).
+        """
+        self_angles = self.angles(num_positions) if self.rotary else None
+        for layer in self.layers:
+            x_SxBxD = layer.attend(x_SxBxD, mask, self_angles)
+            if neighbors is not None and layer.cross_attention is not None:
+                if layer.number == self.first_retro_layer:
+                    encoded_RxKBLxD = self.encoder(neighbors, layer.pre_cross_attn_layernorm(x_SxBxD))
+                x_SxBxD = layer.read(x_SxBxD, encoded_RxKBLxD, neighbors, self.angles(self.retrieved_length))
+            x_SxBxD = layer.feed_forward(x_SxBxD)
+        if self.final_layernorm is not None:
+            x_SxBxD = self.final_layernorm(x_SxBxD)
+        return x_SxBxD, encoded_RxKBLxD

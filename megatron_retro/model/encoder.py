@@ -1,0 +1,62 @@
+"""RetroEncoder: retrieved tokens, read in the light of the chunk they were retrieved for."""
+
+from torch import Tensor
+
+from megatron_retro.mcore import LanguageModelEmbedding, MegatronModule, RotaryEmbedding, TransformerConfig
+from megatron_retro.model.attention import EncoderCrossAttention
+from megatron_retro.model.layer import Layer, LayerStack, Norm
+from megatron_retro.model.neighbors import Neighbors
+
+
+class RetroEncoder(MegatronModule):
+    """Bidirectional transformer over each neighbor (arXiv 2112.04426, §2.4).
+
+    Layer 1 also attends to the decoder's hidden states of the chunk that retrieved the neighbor. It has its own token
+    embedding, so it can live on another pipeline stage than the decoder's, and its own width.
+
+    Args:
+        config: the encoder's shape.
+        vocab_size: padded vocabulary.
+        decoder_hidden_size: width of what layer 1 reads.
+        chunk_length: C.
+        retrieved_length: R.
+        rotary_base: base period of rotary positions.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        vocab_size: int,
+        decoder_hidden_size: int,
+        chunk_length: int,
+        retrieved_length: int,
+        rotary_base: int,
+    ):
+        super().__init__(config)
+        self.angles = RotaryEmbedding(
+            config.kv_channels, 1.0, rotary_base=rotary_base, use_cpu_initialization=config.use_cpu_initialization
+        )
+        self.embedding = LanguageModelEmbedding(config, vocab_size, retrieved_length, "rope")
+        reads = EncoderCrossAttention(config, decoder_hidden_size, chunk_length)
+        self.layers = LayerStack(config)
+        for number in range(1, config.num_layers + 1):
+            self.layers.append(Layer(config, number, causal=False, cross_attention=reads if number == 1 else None))
+        self.final_layernorm = Norm(config)
+
+    def forward(self, neighbors: Neighbors, decoder_SxBxD: Tensor) -> Tensor:
+        """Encode all neighbors of a batch.
+
+        Args:
+            neighbors: their tokens.
+            decoder_SxBxD: the decoder's hidden states after self-attention of the first RETRO layer, normalized.
+
+        Returns:
+            [R, K·B·L, encoder width]; under sequence parallelism this rank's part of R.
+        """
+        x, angles = self.embedding(neighbors.tokens_KBLxR, None), self.angles(neighbors.tokens_KBLxR.shape[1])
+        for layer in self.layers:
+            x = layer.attend(x, neighbors.token_mask, angles)
+            if layer.cross_attention is not None:
+                x = layer.read(x, decoder_SxBxD, neighbors, angles)
+            x = layer.feed_forward(x)
+        return self.final_layernorm(x)

@@ -1,0 +1,104 @@
+"""One transformer layer in three steps - attend, read, feed forward - and its normalization."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_retro.mcore import (
+    MLP,
+    AttnMaskType,
+    ColumnParallelLinear,
+    MegatronModule,
+    MLPSubmodules,
+    RowParallelLinear,
+    SelfAttention,
+    SelfAttentionSubmodules,
+    TransformerConfig,
+    get_bias_dropout_add,
+    sharded_dropout,
+)
+from megatron_retro.model.attention import CoreAttention, CrossAttention
+
+
+class Norm(torch.nn.Module):
+    """LayerNorm or RMSNorm. Under sequence parallelism its gradient is summed over the tensor-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.epsilon = config.layernorm_epsilon
+        self.weight = torch.nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
+        self.bias = None
+        if config.normalization == "LayerNorm":
+            self.bias = torch.nn.Parameter(torch.zeros(config.hidden_size, dtype=config.params_dtype))
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+
+
+class Layer(MegatronModule):
+    """Pre-norm layer: x + self-attention, x + cross-attention (where there is one), x + MLP.
+
+    The steps are separate so that the decoder can run the encoder between the first two.
+
+    Args:
+        number: of the layer, from 1.
+        causal: whether self-attention looks back only.
+        cross_attention: what `read` runs; None in layers that read nothing.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, number: int, *, causal: bool, cross_attention: CrossAttention | None = None
+    ):
+        super().__init__(config)
+        submodules = SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
+        )
+        mask_type = AttnMaskType.causal if causal else AttnMaskType.padding
+        self.number = number
+        self.input_layernorm = Norm(config)
+        self.self_attention = SelfAttention(config, submodules, number, attn_mask_type=mask_type)
+        self.pre_cross_attn_layernorm = Norm(config) if cross_attention else None
+        self.cross_attention = cross_attention
+        self.pre_mlp_layernorm = Norm(config)
+        mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        self.mlp = MLP(config, mlp, ffn_hidden_size=config.ffn_hidden_size)
+
+    def attend(self, x: Tensor, mask: Tensor | None, angles: Tensor | None) -> Tensor:
+        """x [S, N, D] + self-attention; `mask` as in `attention.attend`, rotary `angles` [S, 1, 1, E] or None."""
+        out = self.self_attention(self.input_layernorm(x), attention_mask=mask, rotary_pos_emb=angles)
+        return self._add(x, out)
+
+    def read(self, x: Tensor, *context: object) -> Tensor:
+        """x [S, N, D] + cross-attention to `context`."""
+        assert self.cross_attention is not None and self.pre_cross_attn_layernorm is not None
+        return self._add(x, self.cross_attention(self.pre_cross_attn_layernorm(x), *context))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """x [S, N, D] + MLP."""
+        return self._add(x, self.mlp(self.pre_mlp_layernorm(x)))
+
+    def _add(self, x: Tensor, out_and_bias: tuple[Tensor, Tensor | None]) -> Tensor:
+        with sharded_dropout(self.config):
+            return get_bias_dropout_add(self.training, False)(out_and_bias, x, self.config.hidden_dropout)
+
+
+class LayerStack(MegatronModule):
+    """Layers named by their number in the whole model, counted from 0 as Megatron's checkpoints do.
+
+    Names are then the same on every pipeline stage and at every layout.
+    """
+
+    def append(self, layer: Layer) -> None:
+        self.add_module(str(layer.number - 1), layer)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.children())  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self._modules)

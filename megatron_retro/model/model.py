@@ -1,0 +1,204 @@
+"""RetroModel: embedding, decoder, output; and what one pipeline stage hands to the next."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from megatron_retro.config.model import ModelConfig, ParallelConfig, RetroConfig
+from megatron_retro.mcore import (
+    ColumnParallelLinear,
+    LanguageModelEmbedding,
+    LanguageModule,
+    TransformerConfig,
+    initial_weights,
+    parallel_state,
+)
+from megatron_retro.model.decoder import RetroDecoder
+from megatron_retro.model.neighbors import Neighbors
+from megatron_retro.model.packing import boundary_rows, pack, unpack
+
+
+class RetroModel(LanguageModule):
+    """A GPT whose decoder can read neighbors; without `retro` a plain GPT with the same weight names.
+
+    Args:
+        model: finished shape of the decoder.
+        retro: finished shape of retrieval; None for a plain GPT.
+        parallel: the layout.
+        vocab_size: padded vocabulary.
+        chunk_length: C; the retrieved length is 2 C.
+        seed: of the initial weights, which do not depend on the layout.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        retro: RetroConfig | None,
+        parallel: ParallelConfig,
+        vocab_size: int,
+        chunk_length: int,
+        seed: int,
+    ):
+        config = decoder_config(model, parallel)
+        super().__init__(config)
+        self.pre_process = parallel_state.is_pipeline_first_stage()
+        self.post_process = parallel_state.is_pipeline_last_stage()
+        self.share_embeddings_and_output_weights = not model.untie_embeddings_and_output_weights
+        self.retrieved_shape = (2 * chunk_length, retro.retro_encoder_hidden_size) if retro else None
+        self.input_tensor: Tensor | None = None
+        if self.pre_process:
+            assert model.max_position_embeddings
+            with initial_weights(seed, "embedding"):
+                self.embedding = LanguageModelEmbedding(
+                    config, vocab_size, model.max_position_embeddings, model.position_embedding_type
+                )
+        self.decoder = RetroDecoder(
+            config,
+            encoder_config(model, retro, parallel) if retro else None,
+            retro_layers=retro.layers if retro else (),
+            vocab_size=vocab_size,
+            chunk_length=chunk_length,
+            rotary=model.position_embedding_type == "rope",
+            rotary_base=model.rotary_base,
+            final_norm=self.post_process,
+            seed=seed,
+        )
+        if self.post_process:
+            with initial_weights(seed, "output"):
+                self.output_layer = ColumnParallelLinear(
+                    config.hidden_size,
+                    vocab_size,
+                    config=config,
+                    init_method=config.init_method,
+                    bias=False,
+                    gather_output=False,
+                    skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+                )
+        if self.pre_process or self.post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def forward(
+        self,
+        tokens_BxS: Tensor,
+        labels_BxS: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        neighbor_tokens_BxLxKxR: Tensor | None = None,
+        neighbor_lengths_BxLxK: Tensor | None = None,
+    ) -> Tensor:
+        """Run this pipeline stage.
+
+        Args:
+            tokens_BxS: token ids (int64).
+            labels_BxS: next tokens (int64).
+            mask: of self-attention, bool [B, 1, S, S], True where a position may look; None means causal.
+            neighbor_tokens_BxLxKxR: retrieved token ids (int64); None turns retrieval off.
+            neighbor_lengths_BxLxK: their numbers of tokens (int64), 0 for no neighbor.
+
+        Returns:
+            On the last stage the loss of each position [B, S] in nats (fp32), or without labels the logits
+            [B, S, V / TP]; before it the tensor for the next stage.
+        """
+        num_samples, num_positions = tokens_BxS.shape
+        neighbors = encoded = None
+        if neighbor_tokens_BxLxKxR is not None and self.retrieved_shape:
+            assert neighbor_lengths_BxLxK is not None
+            neighbors = Neighbors.of(neighbor_tokens_BxLxKxR, neighbor_lengths_BxLxK)
+        if self.pre_process:
+            positions = torch.arange(num_positions, device=tokens_BxS.device).expand(num_samples, -1)
+            x_SxBxD = self.embedding(tokens_BxS, positions)
+        else:
+            assert self.input_tensor is not None
+            x_SxBxD, encoded = unpack(self.input_tensor, *self._boundary(num_positions, neighbors))
+        x_SxBxD, encoded = self.decoder(
+            x_SxBxD, num_positions=num_positions, mask=mask, neighbors=neighbors, encoded_RxKBLxD=encoded
+        )
+        if not self.post_process:
+            return pack(x_SxBxD, encoded, *self._boundary(num_positions, neighbors))
+        logits_SxBxV, _ = self.output_layer(x_SxBxD, weight=self._output_weight())
+        if labels_BxS is None:
+            return logits_SxBxV.transpose(0, 1)
+        return self.compute_language_model_loss(labels_BxS, logits_SxBxV)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """Called by the pipeline schedule with the previous stage's tensor."""
+        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def _output_weight(self) -> Tensor | None:
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+
+    def _boundary(self, num_positions: int, neighbors: Neighbors | None) -> tuple[int, tuple[int, int, int] | None]:
+        """(this rank's positions, this rank's shape of the encoder's output or None), for `pack` and `unpack`."""
+        parts = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        if neighbors is None or self.retrieved_shape is None:
+            return num_positions // parts, None
+        length, width = self.retrieved_shape
+        return num_positions // parts, (length // parts, neighbors.tokens_KBLxR.shape[0], width)
+
+    def boundary_length(self, num_positions: int, num_chunks: int, num_neighbors: int) -> int:
+        """Rows of the tensor between pipeline stages, over all sequence-parallel parts.
+
+        Args:
+            num_chunks: L, 0 with retrieval off.
+        """
+        if not num_chunks or self.retrieved_shape is None:
+            return num_positions
+        length, width = self.retrieved_shape
+        parts = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        shape = (length // parts, num_neighbors * num_chunks, width)
+        return num_positions + parts * boundary_rows(shape, 1, self.config.hidden_size)
+
+
+def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """The decoder's shape and layout in megatron-core's terms."""
+    dtype = torch.bfloat16 if parallel.bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        kv_channels=model.kv_channels,
+        num_query_groups=model.num_query_groups,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=torch.nn.functional.silu if model.swiglu else torch.nn.functional.gelu,
+        add_bias_linear=not model.disable_bias_linear,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        init_method_std=model.init_method_std,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        bf16=parallel.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        use_cpu_initialization=True,  # the same initial weights at every layout
+        calculate_per_token_loss=True,  # the loss is a mean over predicted tokens, wherever they lie
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def encoder_config(model: ModelConfig, retro: RetroConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """The encoder's shape; it lives on one pipeline stage, whatever the decoder does."""
+    heads, width = retro.retro_encoder_num_attention_heads, retro.retro_encoder_hidden_size
+    assert heads and width
+    encoder = dataclasses.replace(
+        model,
+        num_layers=retro.retro_encoder_layers,
+        hidden_size=width,
+        ffn_hidden_size=retro.retro_encoder_ffn_hidden_size,
+        num_attention_heads=heads,
+        num_query_groups=heads,
+    )
+    return decoder_config(encoder, dataclasses.replace(parallel, pipeline_model_parallel_size=1))
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
+    """The vocabulary rounded up so that it divides evenly; the same at every layout whose TP divides `divisible_by`."""
+    multiple = divisible_by
+    while multiple % tensor_parallel_size:
+        multiple += divisible_by
+    return -(-vocab_size // multiple) * multiple
