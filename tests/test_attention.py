@@ -1,0 +1,141 @@
+"""Cross-attentions and encoder equal their loops; the views that chunk a sequence are inverse to each other."""
+
+import pytest
+import torch
+from model_helpers import (
+    B,
+    C,
+    K,
+    L,
+    R,
+    S,
+    frequencies,
+    in_double,
+    make_model,
+    make_neighbors,
+    naive_attention,
+    naive_cca,
+    naive_encoder,
+    naive_encoder_cross,
+    randn,
+)
+
+from megatron_retro.model.attention import attend, chunk_queries, split_chunks, unchunk_queries
+from megatron_retro.model.neighbors import Neighbors
+
+CLOSE = dict(rtol=0, atol=1e-11)
+GROUPED = dict(group_query_attention=True, num_query_groups=2)
+
+
+def angles(head_size: int) -> torch.Tensor:
+    """Position × frequency for positions 0 … R-1, as the rotary module gives them: [R, 1, 1, E]."""
+    positions = torch.arange(R, dtype=torch.float64)
+    return torch.outer(positions, frequencies(head_size).repeat(2))[:, None, None, :]
+
+
+def by_neighbor(encoded_RxKBLxD: torch.Tensor, b: int) -> list[list[torch.Tensor]]:
+    """Sample b as [u][k] → [R, D]; row k·B·L + b·L + u of the encoder's batch."""
+    return [[encoded_RxKBLxD[:, k * B * L + b * L + u] for k in range(K)] for u in range(L)]
+
+
+@pytest.mark.parametrize("flags", [{}, GROUPED, dict(disable_bias_linear=True)], ids=["bias", "grouped", "no_bias"])
+@pytest.mark.parametrize("num_positions", [S, S + C - 2], ids=["whole_chunks", "part_of_a_chunk"])
+def test_chunked_cross_attention_equals_loops(flags, num_positions):
+    model = in_double(make_model(**flags))
+    cca = model.decoder.layers.get_submodule("1").cross_attention
+    tokens_BxLxKxR, lengths_BxLxK = make_neighbors()
+    x_SxBxD, encoded_RxKBLxD = randn(num_positions, B, 26), randn(R, K * B * L, 22, seed=8)
+
+    out, bias = cca(x_SxBxD, encoded_RxKBLxD, Neighbors.of(tokens_BxLxKxR, lengths_BxLxK), angles(6))
+    out = out if bias is None else out + bias
+
+    assert (bias is None) == flags.get("disable_bias_linear", False)
+    for b in range(B):
+        expected = naive_cca(cca, x_SxBxD[:, b], by_neighbor(encoded_RxKBLxD, b), lengths_BxLxK[b])
+        torch.testing.assert_close(out[:, b], expected, **CLOSE)
+        assert torch.equal(out[:, b].abs().sum(-1) == 0, expected.abs().sum(-1) == 0)  # exact zeros, nowhere else
+    assert (out[: C - 1] == 0).all()
+    assert (out[2 * C + C - 1 : 3 * C + C - 1, 0] == 0).all()  # chunk 2 of sample 0 has no neighbor
+    assert (out[2 * C + C - 1 : 3 * C + C - 1, 1] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("num_chunks", [1, L - 1])
+def test_chunks_behind_the_last_retrieved_one_read_nothing(num_chunks):
+    """Generation may be ahead of retrieval: positions whose chunk has no column in the neighbors get zero."""
+    model = in_double(make_model())
+    cca = model.decoder.layers.get_submodule("1").cross_attention
+    tokens, lengths = make_neighbors()
+    x, encoded = randn(S, B, 26), randn(R, K, B, L, 22, seed=8)
+    read = [cca(x, encoded.flatten(1, 3), Neighbors.of(tokens, lengths), angles(6))]
+    few = Neighbors.of(tokens[:, :num_chunks], lengths[:, :num_chunks])
+    read.append(cca(x, encoded[:, :, :, :num_chunks].flatten(1, 3), few, angles(6)))
+    full, part = (out + bias for out, bias in read)
+    end = num_chunks * C + C - 1
+    torch.testing.assert_close(part[:end], full[:end], **CLOSE)
+    assert part.shape == full.shape and (part[end:] == 0).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_encoder_cross_attention_equals_loops(bias):
+    encoder = in_double(make_model(disable_bias_linear=not bias)).decoder.encoder
+    cross = encoder.layers.get_submodule("0").cross_attention
+    x_RxKBLxD, decoder_SxBxD = randn(R, K * B * L, 22), randn(S + 2, B, 26, seed=8)
+    out, projection_bias = cross(x_RxKBLxD, decoder_SxBxD, Neighbors.of(*make_neighbors()), angles(6))
+    out = out if projection_bias is None else out + projection_bias
+    for b in range(B):
+        for u, found in enumerate(by_neighbor(out, b)):
+            for k, out_RxD in enumerate(found):
+                x_RxD, chunk_CxD = by_neighbor(x_RxKBLxD, b)[u][k], decoder_SxBxD[u * C : (u + 1) * C, b]
+                torch.testing.assert_close(out_RxD, naive_encoder_cross(cross, x_RxD, chunk_CxD), **CLOSE)
+
+
+@pytest.mark.parametrize("flags", [{}, dict(normalization="RMSNorm", swiglu=True)], ids=["gpt", "llama"])
+def test_encoder_equals_loops(flags):
+    encoder = in_double(make_model(**flags)).decoder.encoder
+    tokens_BxLxKxR, lengths_BxLxK = make_neighbors()
+    decoder_SxBxD = randn(S, B, 26)
+    encoded = encoder(Neighbors.of(tokens_BxLxKxR, lengths_BxLxK), decoder_SxBxD)
+    assert encoded.shape == (R, K * B * L, 22) and encoded.isfinite().all()
+    for b in range(B):
+        for u, found in enumerate(by_neighbor(encoded, b)):
+            for k, encoded_RxD in enumerate(found):
+                length, chunk_CxD = int(lengths_BxLxK[b, u, k]), decoder_SxBxD[u * C : (u + 1) * C, b]
+                expected = naive_encoder(encoder, tokens_BxLxKxR[b, u, k], length, chunk_CxD)
+                if length:
+                    torch.testing.assert_close(encoded_RxD[:length], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_attend_equals_loops(groups):
+    q_SxNxHxE, k_TxNxGxE, v_TxNxGxE = randn(11, B, 4, 6), randn(13, B, groups, 6, seed=8), randn(13, B, groups, 6)
+    mask_NxSxT = randn(B, 11, 13, seed=9) > 0
+    mask_NxSxT[..., 0] = True
+    masked = attend(q_SxNxHxE, k_TxNxGxE, v_TxNxGxE, mask=mask_NxSxT[:, None])
+    causal = attend(q_SxNxHxE, k_TxNxGxE[:11], v_TxNxGxE[:11], causal=True)
+    for n in range(B):
+        q, k, v = q_SxNxHxE[:, n], k_TxNxGxE[:, n], v_TxNxGxE[:, n]
+        torch.testing.assert_close(masked[:, n].flatten(1), naive_attention(q, k, v, mask_NxSxT[n]), **CLOSE)
+        seen = torch.ones(11, 11).tril().bool()
+        torch.testing.assert_close(causal[:, n].flatten(1), naive_attention(q, k[:11], v[:11], seen), **CLOSE)
+
+
+@pytest.mark.parametrize("num_positions", [S, S + 2])
+def test_unchunk_is_the_inverse_of_chunk(num_positions):
+    x_SxBxE = randn(num_positions, B, 11)
+    chunked_CxBLxE = chunk_queries(x_SxBxE, C, L)
+    for b in range(B):
+        for u in range(L):
+            for i in range(C):
+                position = u * C + C - 1 + i
+                expected = x_SxBxE[position, b] if position < num_positions else torch.zeros(11)
+                assert torch.equal(chunked_CxBLxE[i, b * L + u], expected.double())
+    back_SxBxE = unchunk_queries(chunked_CxBLxE, B, num_positions)
+    assert torch.equal(back_SxBxE[C - 1 :], x_SxBxE[C - 1 :]) and (back_SxBxE[: C - 1] == 0).all()
+
+
+def test_split_chunks_keeps_each_chunk_together():
+    x_SxBxE = randn(S + 2, B, 11)
+    chunks_CxBLxE = split_chunks(x_SxBxE, C, L)
+    for b in range(B):
+        for u in range(L):
+            assert torch.equal(chunks_CxBLxE[:, b * L + u], x_SxBxE[u * C : (u + 1) * C, b])
