@@ -204,8 +204,9 @@ def chunk_queries(q_SxBx: Tensor, chunk_length: int, num_chunks: int) -> Tensor:
 
 
 def unchunk_queries(x_CxBLx: Tensor, num_samples: int, num_positions: int) -> Tensor:
-    """Inverse of `chunk_queries`; the first C-1 positions are zero. [C, B·L, …] → [S, B, …]"""
+    """Inverse of `chunk_queries`; the first C-1 positions, and any behind chunk L, are zero. [C, B·L, …] → [S, B, …]"""
     chunk_length = x_CxBLx.shape[0]
     x = x_CxBLx.unflatten(1, (num_samples, -1))
     x = x.permute(2, 0, 1, *range(3, x.dim())).flatten(0, 1)
-    return F.pad(x, (0, 0) * (x.dim() - 1) + (chunk_length - 1, 0))[:num_positions]
+    behind = num_positions - (chunk_length - 1) - x.shape[0]  # negative where the last chunk is cut short
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (chunk_length - 1, behind))

@@ -7,6 +7,7 @@ transformer on [sequence, batch, …], and chunked cross-attention reads the sam
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -49,8 +50,8 @@ class Neighbors:
     def readable_positions(self, num_positions: int, chunk_length: int) -> Tensor:
         """Whether position t reads any neighbor: t + 1 - C lies in a readable chunk. [num_positions, B] bool."""
         by_chunk = self.readable_BxL.t().repeat_interleave(chunk_length, 0)
-        ahead = by_chunk.new_zeros(chunk_length - 1, by_chunk.shape[1])
-        return torch.cat((ahead, by_chunk))[:num_positions]
+        behind = num_positions - (chunk_length - 1) - by_chunk.shape[0]  # negative where the last chunk is cut short
+        return F.pad(by_chunk, (0, 0, chunk_length - 1, behind))
 
 
 def _kbl_first(x_BxLxKxR: Tensor) -> Tensor:
