@@ -17,11 +17,13 @@ import torch.distributed as dist
 
 warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 warnings.filterwarnings("ignore", message="Apex is not installed")
+warnings.filterwarnings("ignore", message="full scope is deprecated")
 
 # ruff: noqa: E402
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.enums import ModelType
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding, apply_rotary_pos_emb
@@ -51,6 +53,7 @@ __all__ = [
     "LanguageModule",
     "MLPSubmodules",
     "MegatronModule",
+    "ModelType",
     "OptimizerParamScheduler",
     "RotaryEmbedding",
     "RowParallelLinear",
@@ -92,6 +95,7 @@ def initialize(tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1, *
         else:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel(tensor_parallel_size, pipeline_parallel_size)
+    reseed(0)
 
 
 def shut_down() -> None:

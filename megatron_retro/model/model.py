@@ -10,6 +10,7 @@ from megatron_retro.mcore import (
     ColumnParallelLinear,
     LanguageModelEmbedding,
     LanguageModule,
+    ModelType,
     TransformerConfig,
     initial_weights,
     parallel_state,
@@ -42,6 +43,7 @@ class RetroModel(LanguageModule):
     ):
         config = decoder_config(model, parallel)
         super().__init__(config)
+        self.model_type = ModelType.encoder_or_decoder
         self.pre_process = parallel_state.is_pipeline_first_stage()
         self.post_process = parallel_state.is_pipeline_last_stage()
         self.share_embeddings_and_output_weights = not model.untie_embeddings_and_output_weights

@@ -1,0 +1,128 @@
+"""Flags of `pretrain_retro.py`: data, optimizer, run; and the defaults that follow from the model's size."""
+
+import dataclasses
+
+from megatron_retro.config.flags import flag, flag_name
+from megatron_retro.config.model import ModelConfig, ParallelConfig, RetroConfig
+from megatron_retro.errors import UserError
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Data"""
+
+    data_path: tuple[str, ...] = flag(
+        (), "[WEIGHT] NAME …: corpora of the work dir, by name or prefix", many=True, show="all of them"
+    )
+    split: str | None = flag(None, "must be the work dir's; for scripts that pass it", show="the work dir's")
+    seed: int = flag(1234, "of weights, sample order and dropout")
+
+
+@dataclasses.dataclass
+class OptimizationConfig:
+    """Optimization"""
+
+    micro_batch_size: int = flag(4, "samples a rank runs at once")
+    global_batch_size: int | None = flag(None, "samples an update", show="--micro-batch-size × data-parallel ranks")
+    train_iters: int | None = flag(None, "updates", show="one pass over the training split")
+    lr: float | None = flag(None, "peak learning rate", show="6e-4 … 1e-4, by --hidden-size")
+    min_lr: float | None = flag(None, "learning rate at the end", show="--lr / 10")
+    lr_decay_style: str = flag("cosine", "decay", choices=("constant", "linear", "cosine"))
+    lr_decay_iters: int | None = flag(None, "updates until --min-lr", show="--train-iters")
+    lr_warmup_iters: int | None = flag(None, "updates of linear warm-up", show="2% of --train-iters, at most 750")
+    weight_decay: float = flag(0.1, "decoupled weight decay, not on biases and norms")
+    adam_beta1: float = flag(0.9, "Adam's β₁")
+    adam_beta2: float = flag(0.95, "Adam's β₂")
+    adam_eps: float = flag(1e-8, "Adam's ε")
+    clip_grad: float = flag(1.0, "largest gradient norm; 0 turns clipping off")
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """Checkpoints, evaluation, logging"""
+
+    save: str | None = flag(None, "directory for checkpoints and metrics.jsonl")
+    save_interval: int | None = flag(None, "updates between checkpoints", show="at the end alone")
+    load: str | None = flag(None, "directory to resume from; may equal --save and be empty")
+    eval_interval: int | None = flag(None, "updates between evaluations", show="at the end alone")
+    eval_iters: int = flag(10, "global batches an evaluation; 0 turns it off")
+    log_interval: int = flag(10, "updates between log lines")
+    tensorboard_dir: str | None = flag(None, "directory for TensorBoard")
+    exit_interval: int | None = flag(None, "save and exit after this many updates of this run")
+    exit_duration_in_mins: float | None = flag(None, "save and exit after this many minutes")
+
+
+@dataclasses.dataclass
+class PretrainConfig:
+    """Everything `pretrain_retro.py` takes."""
+
+    retro: RetroConfig = dataclasses.field(default_factory=RetroConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimization: OptimizationConfig = dataclasses.field(default_factory=OptimizationConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+    def finish(self, world_size: int) -> None:
+        """Fill in what needs no data; check. `finish_with_data` does the rest.
+
+        Raises:
+            UserError: names the flag, both values and what would fit.
+        """
+        self.model.finish()
+        self.retro.finish(self.model)
+        self.parallel.finish(world_size, self.model, self.active_retro)
+        if not self.retro.retro_work_dir:
+            raise UserError("--retro-work-dir is missing; tools/preprocess_retro_data.py builds one")
+        if self.run.save_interval and not self.run.save:
+            raise UserError(f"--save-interval {self.run.save_interval} needs --save DIR")
+        for name in ("save_interval", "eval_interval", "exit_interval", "log_interval"):
+            if (value := getattr(self.run, name)) is not None and value < 1:
+                raise UserError(f"{flag_name(name)} is {value}; it must be at least 1")
+        self._finish_batch(world_size)
+
+    def finish_with_data(self, num_samples: int) -> None:
+        """Fill in what follows from the number of training samples; check the schedule."""
+        optimization = self.optimization
+        assert optimization.global_batch_size
+        if optimization.train_iters is None:
+            optimization.train_iters = -(-num_samples // optimization.global_batch_size)
+        if optimization.lr is None:
+            optimization.lr = default_learning_rate(self.model.hidden_size)
+        if optimization.min_lr is None:
+            optimization.min_lr = optimization.lr / 10
+        if optimization.lr_decay_iters is None:
+            optimization.lr_decay_iters = max(1, optimization.train_iters)
+        if optimization.lr_warmup_iters is None:
+            optimization.lr_warmup_iters = min(750, optimization.lr_decay_iters // 50)
+        if optimization.lr_warmup_iters >= optimization.lr_decay_iters:
+            raise UserError(
+                f"--lr-warmup-iters {optimization.lr_warmup_iters} must be less than "
+                f"--lr-decay-iters {optimization.lr_decay_iters}"
+            )
+        if optimization.min_lr > optimization.lr:
+            raise UserError(f"--min-lr {optimization.min_lr} is above --lr {optimization.lr}")
+
+    @property
+    def active_retro(self) -> RetroConfig | None:
+        """The retrieval flags where the model retrieves, else None."""
+        return self.retro if self.retro.retro_add_retriever else None
+
+    def _finish_batch(self, world_size: int) -> None:
+        parallel, optimization = self.parallel, self.optimization
+        ranks = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+        together = optimization.micro_batch_size * ranks
+        if optimization.micro_batch_size < 1:
+            raise UserError(f"--micro-batch-size is {optimization.micro_batch_size}; it must be at least 1")
+        if optimization.global_batch_size is None:
+            optimization.global_batch_size = together
+        if optimization.global_batch_size < 1 or optimization.global_batch_size % together:
+            raise UserError(
+                f"--global-batch-size {optimization.global_batch_size} is no multiple of --micro-batch-size "
+                f"{optimization.micro_batch_size} × {ranks} data-parallel ranks"
+            )
+
+
+def default_learning_rate(hidden_size: int) -> float:
+    """Peak rate of the nearest published size (arXiv 2304.06762: 6e-4 at width 768 … 1e-4 at 4096)."""
+    return 6e-4 if hidden_size <= 768 else 3e-4 if hidden_size <= 1024 else 2e-4 if hidden_size <= 2048 else 1e-4

@@ -1,0 +1,286 @@
+"""Samples: L consecutive chunks of the shuffled document stream, with labels and neighbors.
+
+Sample n is a function of (seed, n) alone: not of batch size, ranks, or what was read before. Within an epoch the
+documents of a split are shuffled and laid end to end; every L chunks of that stream are a sample; the samples are
+shuffled again. Corpora are interleaved by weight, each with epochs of its own.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_retro.data.chunks import ChunkTable, running_sum
+from megatron_retro.errors import UserError
+
+RETRIEVAL_MODES = ("on", "off", "random")
+
+# Streams of random numbers that never meet: default_rng((seed, stream, …)).
+_DOCUMENT_STREAM, _SAMPLE_STREAM, _NEIGHBOR_STREAM = range(3)
+
+
+class NeighborSource(Protocol):
+    """What samples need of a neighbor table."""
+
+    def ids(self, chunks: np.ndarray) -> np.ndarray:
+        """[n] int64 chunk ids → [n, K_saved] int64 neighbor ids, nearest first, -1 for none."""
+
+
+@dataclasses.dataclass
+class Batch:
+    """Samples as the model takes them.
+
+    Attributes:
+        tokens_BxS: int64.
+        labels_BxS: int64, the next token of the same document.
+        loss_mask_BxS: float32, 1 where a label exists.
+        mask: [B, 1, S, S] bool, True where a position may look; None means causal (there is no padding).
+        neighbor_tokens_BxLxKxR: int64, or None with retrieval off.
+        neighbor_lengths_BxLxK: int64, 0 for no neighbor, or None.
+        sample_ids: [B] int64, -1 for an empty sample that fills up a batch.
+    """
+
+    tokens_BxS: Tensor
+    labels_BxS: Tensor
+    loss_mask_BxS: Tensor
+    mask: Tensor | None
+    neighbor_tokens_BxLxKxR: Tensor | None
+    neighbor_lengths_BxLxK: Tensor | None
+    sample_ids: np.ndarray
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=True)
+            for field in dataclasses.fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+class Stream:
+    """The chunks of documents laid end to end: from stream position to chunk id, in O(documents) memory."""
+
+    def __init__(self, table: ChunkTable, documents: np.ndarray):
+        self._first_chunk = table.first_chunk[documents]
+        self._begin = running_sum(table.first_chunk[documents + 1] - self._first_chunk)
+
+    def __len__(self) -> int:
+        return int(self._begin[-1])
+
+    def chunks(self, position: np.ndarray) -> np.ndarray:
+        """The chunk at each stream position (same shape, int64); -1 behind the end."""
+        inside = np.minimum(position, len(self) - 1)
+        document = np.searchsorted(self._begin, inside, side="right") - 1
+        return np.where(position < len(self), self._first_chunk[document] + inside - self._begin[document], -1)
+
+
+class CorpusSamples:
+    """The endless sample order of one corpus's split.
+
+    Args:
+        documents: ids of the split's documents in this corpus.
+        number: of the corpus, to give each its own random stream.
+        keep_rest: keep the last chunks of an epoch that do not fill a sample, padded (evaluation).
+    """
+
+    def __init__(
+        self, table: ChunkTable, documents: np.ndarray, *, chunks_a_sample: int, seed: int, number: int, keep_rest: bool
+    ):
+        self._table, self._documents, self._chunks_a_sample = table, documents, chunks_a_sample
+        self._seed, self._number = seed, number
+        num_chunks = int((table.first_chunk[documents + 1] - table.first_chunk[documents]).sum())
+        self.num_samples = (-(-num_chunks // chunks_a_sample)) if keep_rest else num_chunks // chunks_a_sample
+        self._epoch, self._stream, self._order = -1, Stream(table, documents), np.arange(0)
+
+    def chunks(self, index: int) -> np.ndarray:
+        """Chunk ids [L] of the index-th sample from the beginning of training."""
+        epoch, position = divmod(index, self.num_samples)
+        if epoch != self._epoch:
+            self._start(epoch)
+        begin = self._order[position] * self._chunks_a_sample
+        return self._stream.chunks(begin + np.arange(self._chunks_a_sample))
+
+    def _start(self, epoch: int) -> None:
+        key = (self._seed, self._number, epoch)
+        documents = np.random.default_rng((*key, _DOCUMENT_STREAM)).permutation(self._documents)
+        self._stream = Stream(self._table, documents)
+        self._order = np.random.default_rng((*key, _SAMPLE_STREAM)).permutation(self.num_samples)
+        self._epoch = epoch
+
+
+class Samples:
+    """Sample n of a split, for every n from 0 on.
+
+    Args:
+        table: the work dir's chunks.
+        split: "train", "valid" or "test".
+        split_weights: share of each split, as the work dir was built.
+        corpus_weights: name -> sampling weight of the corpora to use; None takes all, by size.
+        chunks_a_sample: L.
+        seed: of the order.
+        pad: token id that fills up short chunks.
+        num_samples: how many will be asked for (the interleaving of several corpora is laid out in advance).
+            None means one epoch.
+        keep_rest: see `CorpusSamples`.
+        neighbors: the neighbor table; None turns retrieval off.
+        num_neighbors: K.
+        retrieval_dropout: share of samples whose neighbors are hidden.
+        random_neighbor_prob: share of samples whose neighbors are random chunks of the database.
+
+    Raises:
+        UserError: the split holds no sample.
+    """
+
+    def __init__(
+        self,
+        table: ChunkTable,
+        *,
+        split: str,
+        split_weights: tuple[float, ...],
+        corpus_weights: dict[str, float] | None,
+        chunks_a_sample: int,
+        seed: int,
+        pad: int,
+        num_samples: int | None = None,
+        keep_rest: bool = False,
+        neighbors: NeighborSource | None = None,
+        num_neighbors: int = 2,
+        retrieval_dropout: float = 0.0,
+        random_neighbor_prob: float = 0.0,
+    ):
+        self.table, self._neighbors, self._pad, self._seed = table, neighbors, pad, seed
+        self._num_neighbors = num_neighbors
+        self._dropout, self._random = retrieval_dropout, random_neighbor_prob
+        self.chunks_a_sample = chunks_a_sample
+        self._database = Stream(table, table.documents_in("train", split_weights))
+        self._corpora, weights = [], []
+        for number, documents in enumerate(_by_corpus(table, table.documents_in(split, split_weights))):
+            name = table.corpora[number].name
+            if corpus_weights is not None and name not in corpus_weights:
+                continue
+            corpus = CorpusSamples(
+                table, documents, chunks_a_sample=chunks_a_sample, seed=seed, number=number, keep_rest=keep_rest
+            )
+            if corpus.num_samples:
+                self._corpora.append(corpus)
+                weights.append((corpus_weights or {}).get(name) or corpus.num_samples)
+        self.epoch_size = sum(corpus.num_samples for corpus in self._corpora)
+        if not self.epoch_size:
+            raise UserError(
+                f"the {split} split holds less than one sample of {chunks_a_sample} chunks; "
+                "use a larger corpus, another --split when building the work dir, or a smaller --seq-length"
+            )
+        self._corpus_of, self._index_of = interleave(weights, num_samples or self.epoch_size)
+
+    def __len__(self) -> int:
+        return len(self._corpus_of)
+
+    def chunks(self, sample: int) -> np.ndarray:
+        """Chunk ids [L] of a sample; -1 where there is none."""
+        if sample < 0:
+            return np.full(self.chunks_a_sample, -1)
+        return self._corpora[self._corpus_of[sample]].chunks(int(self._index_of[sample]))
+
+    def batch(self, sample_ids: np.ndarray, retrieval: str = "on") -> Batch:
+        """Read samples.
+
+        Args:
+            sample_ids: [B] int64; -1 gives an empty sample without labels.
+            retrieval: "on", "off", or "random" (every neighbor replaced by a random chunk of the database).
+        """
+        chunks_BxL = np.stack([self.chunks(int(sample)) for sample in sample_ids])
+        batch = self._text(chunks_BxL, sample_ids)
+        if self._neighbors is None or retrieval == "off":
+            return batch
+        ids_BxLxK = np.stack(
+            [self._choose(chunks_BxL[row], int(sample), retrieval) for row, sample in enumerate(sample_ids)]
+        )
+        tokens, lengths = self.table.tokens(ids_BxLxK.reshape(-1), 2 * self.table.chunk_length, self._pad)
+        return dataclasses.replace(
+            batch,
+            neighbor_tokens_BxLxKxR=torch.from_numpy(tokens).view(*ids_BxLxK.shape, -1),
+            neighbor_lengths_BxLxK=torch.from_numpy(lengths).view(ids_BxLxK.shape),
+        )
+
+    def _text(self, chunks_BxL: np.ndarray, sample_ids: np.ndarray) -> Batch:
+        chunk_length, num_samples = self.table.chunk_length, len(chunks_BxL)
+        tokens, lengths = self.table.tokens(chunks_BxL.reshape(-1), chunk_length + 1, self._pad)
+        offset = np.arange(chunk_length)
+        valid_BxS = (offset < lengths[:, None]).reshape(num_samples, -1)
+        labeled_BxS = (offset + 1 < lengths[:, None]).reshape(num_samples, -1)
+        return Batch(
+            tokens_BxS=torch.from_numpy(tokens[:, :-1].reshape(num_samples, -1)),
+            labels_BxS=torch.from_numpy(tokens[:, 1:].reshape(num_samples, -1)),
+            loss_mask_BxS=torch.from_numpy(labeled_BxS.astype(np.float32)),
+            mask=None if valid_BxS.all() else attention_mask(torch.from_numpy(valid_BxS)),
+            neighbor_tokens_BxLxKxR=None,
+            neighbor_lengths_BxLxK=None,
+            sample_ids=sample_ids,
+        )
+
+    def _choose(self, chunks: np.ndarray, sample: int, retrieval: str) -> np.ndarray:
+        """Neighbor ids [L, K] of a sample, -1 for none, after training's retrieval dropout."""
+        draw = np.random.default_rng((self._seed, max(sample, 0), _NEIGHBOR_STREAM))
+        share = draw.random()
+        if share < self._dropout:
+            return np.full((len(chunks), self._num_neighbors), -1)
+        ids = self._foreign(chunks)
+        if retrieval == "random" or share < self._dropout + self._random:
+            return self._randomized(ids, chunks, draw)
+        return ids
+
+    def _foreign(self, chunks: np.ndarray) -> np.ndarray:
+        """The K nearest neighbors [L, K] that the sample may read.
+
+        None from any document of the sample, not just from the chunk's own: a later document of the sample could
+        otherwise read its own text through an earlier one. None for the last chunk of a document: only the next
+        document's first tokens would read them.
+        """
+        assert self._neighbors is not None
+        ids = np.where(chunks[:, None] < 0, -1, self._neighbors.ids(np.maximum(chunks, 0)))
+        own = np.isin(self.table.document(np.maximum(ids, 0)), self.table.document(chunks[chunks >= 0]))
+        dropped = (ids < 0) | own | self.table.is_last(np.maximum(chunks, 0))[:, None]
+        nearest = np.argsort(dropped, axis=1, kind="stable")[:, : self._num_neighbors]
+        return np.take_along_axis(np.where(dropped, -1, ids), nearest, axis=1)
+
+    def _randomized(self, ids: np.ndarray, chunks: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+        """Each neighbor replaced by a random chunk of the database, not from the sample's documents."""
+        if not (ids >= 0).any():
+            return ids
+        chosen = self._database.chunks(draw.integers(len(self._database), size=ids.shape))
+        own = np.isin(self.table.document(chosen), self.table.document(chunks[chunks >= 0]))
+        return np.where((ids < 0) | own, -1, chosen)
+
+
+def attention_mask(valid_BxS: Tensor) -> Tensor:
+    """[B, 1, S, S] bool: look back, not at padding; every position sees itself, so no softmax is empty."""
+    num_positions = valid_BxS.shape[1]
+    causal = torch.ones(num_positions, num_positions, dtype=torch.bool).tril()
+    mask = causal & (valid_BxS[:, None, :] | torch.eye(num_positions, dtype=torch.bool))
+    return mask[:, None]
+
+
+def interleave(weights: list[float], num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lay several endless sequences into one, in proportion to their weights.
+
+    Element j of sequence c stands at (j + ½) / w_c, so any prefix holds each to within one element of its share, and
+    more samples never reorder the first ones.
+
+    Returns:
+        (sequence [num_samples] int16, element in it [num_samples] int64).
+    """
+    if len(weights) == 1:
+        return np.zeros(num_samples, np.int16), np.arange(num_samples)
+    share = np.asarray(weights, np.float64) / sum(weights)
+    counts = np.ceil(share * num_samples).astype(np.int64) + 1
+    sequence = np.repeat(np.arange(len(weights), dtype=np.int16), counts)
+    element = np.concatenate([np.arange(count) for count in counts])
+    order = np.lexsort((sequence, (element + 0.5) / share[sequence]))[:num_samples]
+    return sequence[order], element[order]
+
+
+def _by_corpus(table: ChunkTable, documents: np.ndarray) -> list[np.ndarray]:
+    """Ascending document ids, split by corpus."""
+    return np.split(documents, np.searchsorted(documents, table.corpus_documents[1:-1]))

@@ -1,0 +1,158 @@
+"""Checkpoints: one directory an update, complete or absent.
+
+    <save>/latest_checkpointed_iteration.txt   the newest update's number
+    <save>/iter_0000100/                       megatron-core's sharded weights and optimizer state, and
+                       run.json                the run's flags and counters, and what it was trained on
+
+Random states are not stored: every step draws from streams seeded by (seed, step).
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import torch
+
+from megatron_retro import distributed, mcore
+from megatron_retro.config import flags
+from megatron_retro.config.model import ModelConfig, ParallelConfig, RetroConfig
+from megatron_retro.config.training import PretrainConfig
+from megatron_retro.errors import UserError
+from megatron_retro.workdir import sync_directory, write_atomically
+
+_LATEST = "latest_checkpointed_iteration.txt"
+
+# What the weights' shapes and meaning depend on: a checkpoint's values must be the run's.
+_FREE = {"hidden_dropout", "attention_dropout", "init_method_std", "seq_length", "max_position_embeddings"}
+_FREE |= {"retro_work_dir", "retro_num_neighbors", "retro_retrieval_dropout", "retro_random_neighbor_prob"}
+
+
+@dataclasses.dataclass
+class RunState:
+    """How far a run has come, and on what.
+
+    Attributes:
+        iteration: updates done.
+        consumed_samples: training samples read.
+        config: the run's flags (`flags.to_dict`).
+        vocab_size: padded.
+        chunk_length: C.
+        data_digest: of tokenizer, corpus and chunks (the work dir's "chunks" record).
+    """
+
+    iteration: int
+    consumed_samples: int
+    config: dict[str, Any]
+    vocab_size: int
+    chunk_length: int
+    data_digest: str
+
+
+def save(directory: str, model: torch.nn.Module, optimizer: Any, state: RunState) -> None:
+    """Write a checkpoint; every rank calls it. A crash leaves the one before it in place."""
+    root = pathlib.Path(directory)
+    final = root / f"iter_{state.iteration:07d}"
+    partial = root / f"{final.name}.partial"
+    distributed.together(lambda: _clear(final, partial))
+    mcore.save_state(model, optimizer, str(partial))
+    distributed.together(lambda: _publish(root, final, partial, state))
+
+
+def find(directory: str) -> pathlib.Path | None:
+    """The newest complete checkpoint under `directory`, or None where there is none.
+
+    Raises:
+        UserError: the directory names a checkpoint that is not there.
+    """
+    latest = pathlib.Path(directory) / _LATEST
+    if not latest.exists():
+        return None
+    text = latest.read_text().strip()
+    path = pathlib.Path(directory) / f"iter_{int(text):07d}" if text.isdigit() else latest
+    if not (path / "run.json").exists():
+        raise UserError(f"--load {directory}: {_LATEST} names update {text}, but {path} is no complete checkpoint")
+    return path
+
+
+def read_state(path: pathlib.Path) -> RunState:
+    """The run state of a checkpoint found by `find`."""
+    try:
+        return RunState(**json.loads((path / "run.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path / 'run.json'} is not a run's state ({error}); load another checkpoint") from None
+
+
+def check_same_run(state: RunState, config: PretrainConfig, vocab_size: int, chunk_length: int, digest: str) -> None:
+    """Check that a run may go on from a checkpoint.
+
+    Raises:
+        UserError: names the first differing value, and both.
+    """
+    ours = flags.to_dict(config)
+    names = [field.name for group in (ModelConfig, RetroConfig) for field in dataclasses.fields(group)]
+    retrieves = config.active_retro is not None
+    for name in names:
+        if name in _FREE or (not retrieves and name.startswith("retro_") and name != "retro_add_retriever"):
+            continue
+        _same(flags.flag_name(name), state.config.get(name), ours[name])
+    _same("the padded vocabulary", state.vocab_size, vocab_size)
+    _same("the work dir's chunk length", state.chunk_length, chunk_length)
+    _same("the work dir's digest of tokenizer, corpus and chunks", state.data_digest, digest)
+
+
+def model_config_of(state: RunState) -> tuple[ModelConfig, RetroConfig | None]:
+    """The finished shape that a checkpoint's weights have."""
+    config = flags.from_dict(_Shape, {name: state.config[name] for name in _shape_names() if name in state.config})
+    config.model.finish()
+    config.retro.finish(config.model)
+    return config.model, config.retro if config.retro.retro_add_retriever else None
+
+
+@dataclasses.dataclass
+class _Shape:
+    model: ModelConfig
+    retro: RetroConfig
+    parallel: ParallelConfig
+
+
+def _shape_names() -> list[str]:
+    return [field.name for group in (ModelConfig, RetroConfig) for field in dataclasses.fields(group)]
+
+
+def _same(what: str, checkpoint: Any, run: Any) -> None:
+    if checkpoint != run:
+        raise UserError(
+            f"--load: {what} is {checkpoint} in the checkpoint, {run} in this run; "
+            "use the checkpoint's value, or start a new run without --load"
+        )
+
+
+def _clear(final: pathlib.Path, partial: pathlib.Path) -> None:
+    """Make room for the partial checkpoint; a complete one of the same update is set aside."""
+    if distributed.rank():
+        return
+    if partial.exists():  # left by a crash inside a save; no complete checkpoint has this name
+        shutil.rmtree(partial)
+    if final.exists():
+        aside = next(p for n in range(1, 10**6) if not (p := final.with_name(f"{final.name}.old{n}")).exists())
+        os.rename(final, aside)
+    partial.mkdir(parents=True)
+
+
+def _publish(root: pathlib.Path, final: pathlib.Path, partial: pathlib.Path, state: RunState) -> None:
+    """Sync the files, give the checkpoint its name, then point to it."""
+    if distributed.rank():
+        return
+    text = json.dumps(dataclasses.asdict(state), indent=1, sort_keys=True)
+    write_atomically(partial / "run.json", lambda file: file.write(text.encode()))
+    for file in partial.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    sync_directory(partial)
+    os.rename(partial, final)
+    sync_directory(root)
+    write_atomically(root / _LATEST, lambda file: file.write(f"{state.iteration}\n".encode()))

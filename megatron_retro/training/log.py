@@ -1,0 +1,64 @@
+"""Where a run's figures go: a line on the terminal, a JSON line in metrics.jsonl, TensorBoard."""
+
+import json
+import pathlib
+import time
+from typing import Any
+
+from megatron_retro import distributed
+
+
+class RunLog:
+    """Writes on rank 0; does nothing on the others.
+
+    Args:
+        save: directory of metrics.jsonl, or None.
+        tensorboard_dir: directory of TensorBoard's files, or None.
+        last_iteration: to tell the time left.
+    """
+
+    def __init__(self, save: str | None, tensorboard_dir: str | None, last_iteration: int):
+        self._last_iteration = last_iteration
+        self._active = distributed.rank() == 0
+        self._file = self._board = None
+        if self._active and save:
+            pathlib.Path(save).mkdir(parents=True, exist_ok=True)
+            self._file = open(pathlib.Path(save) / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        if self._active and tensorboard_dir:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(tensorboard_dir)
+
+    def say(self, text: str) -> None:
+        if self._active:
+            print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+    def step(self, iteration: int, seconds_a_step: float, figures: dict[str, Any]) -> None:
+        """Report training figures; `figures` become the JSON line's keys beside `iteration`."""
+        left = (self._last_iteration - iteration) * seconds_a_step
+        self.say(
+            f"iteration {iteration}/{self._last_iteration}  lm_loss {figures['lm_loss']:.4f}  "
+            f"grad_norm {figures['grad_norm']:.3f}  lr {figures['learning_rate']:.2e}  "
+            f"{figures['tokens_per_second']:,.0f} tokens/s  {seconds_a_step:.2f} s/iteration  left {_clock(left)}"
+        )
+        self.write(iteration, figures)
+
+    def write(self, iteration: int, figures: dict[str, Any]) -> None:
+        if self._file:
+            self._file.write(json.dumps({"iteration": iteration, **figures}) + "\n")
+            self._file.flush()
+        if self._board:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, iteration)
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

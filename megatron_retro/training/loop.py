@@ -1,0 +1,267 @@
+"""The training run, from flags to last checkpoint, read from top to bottom."""
+
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_retro import distributed, mcore
+from megatron_retro.config import flags
+from megatron_retro.config.training import PretrainConfig
+from megatron_retro.data.samples import Batch, Samples
+from megatron_retro.model.model import RetroModel, padded_vocab_size
+from megatron_retro.training import checkpoint
+from megatron_retro.training.data import TrainingData, check_split
+from megatron_retro.training.evaluation import boundary_length, forward_step, sample_losses
+from megatron_retro.training.log import RunLog
+
+
+def train(config: PretrainConfig) -> None:
+    """Train as `config` says; every rank calls it.
+
+    Raises:
+        UserError: flags, work dir or checkpoint do not fit together.
+    """
+    config.finish(distributed.world_size())
+    parallel, run = config.parallel, config.run
+    distributed.use_this_ranks_cores()
+    mcore.initialize(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+
+    # ---- data
+    assert config.retro.retro_work_dir and config.model.seq_length
+    work_dir = config.retro.retro_work_dir
+    data = distributed.together(lambda: TrainingData.open(work_dir, retrieve=config.active_retro is not None))
+    check_split(config.data.split, data.split_weights)
+    config.finish_with_data(_samples(config, data, "train", None).epoch_size)
+    optimization = config.optimization
+    assert optimization.train_iters is not None and optimization.global_batch_size and optimization.lr
+    train_samples = _samples(config, data, "train", max(1, optimization.train_iters * optimization.global_batch_size))
+    valid_samples = _samples(config, data, "valid", None) if run.eval_iters else None
+
+    # ---- model, optimizer, schedule
+    vocab_size = padded_vocab_size(
+        data.vocab_size, config.model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
+    )
+    chunk_length = data.table.chunk_length
+    model = mcore.wrap_for_training(
+        RetroModel(config.model, config.active_retro, parallel, vocab_size, chunk_length, config.data.seed)
+    )
+    optimizer = mcore.build_optimizer(
+        model,
+        lr=optimization.lr,
+        min_lr=optimization.min_lr,
+        weight_decay=optimization.weight_decay,
+        adam_beta1=optimization.adam_beta1,
+        adam_beta2=optimization.adam_beta2,
+        adam_eps=optimization.adam_eps,
+        clip_grad=optimization.clip_grad,
+    )
+    schedule = _schedule(config, optimizer)
+
+    # ---- resume
+    log = RunLog(run.save, run.tensorboard_dir, optimization.train_iters)
+    iteration = consumed_samples = 0
+    if run.load and (found := distributed.together(lambda: _checkpoint(config))):
+        state = checkpoint.read_state(found)
+        checkpoint.check_same_run(state, config, vocab_size, chunk_length, data.digest)
+        mcore.load_state(model, optimizer, str(found))
+        iteration, consumed_samples = state.iteration, state.consumed_samples
+        schedule.step(increment=consumed_samples)
+        log.say(f"resumed from {found}, {consumed_samples:,} samples read")
+    log.say(_description(config, data, model, train_samples))
+
+    def save() -> None:
+        state = checkpoint.RunState(
+            iteration, consumed_samples, flags.to_dict(config), vocab_size, chunk_length, data.digest
+        )
+        checkpoint.save(str(run.save), model, optimizer, state)
+        log.say(f"saved iteration {iteration} to {run.save}")
+
+    def evaluate() -> None:
+        if valid_samples is None:
+            return
+        assert optimization.global_batch_size
+        number = min(len(valid_samples), run.eval_iters * optimization.global_batch_size)
+        losses = {
+            mode: sample_losses(
+                model,
+                valid_samples,
+                num_samples=number,
+                micro_batch_size=optimization.micro_batch_size,
+                retrieval=mode,
+            ).mean
+            for mode in (("on", "off", "random") if config.active_retro else ("off",))
+        }
+        log.say(f"validation  {'  '.join(f'{mode} {loss:.4f}' for mode, loss in losses.items())}")
+        log.write(iteration, {f"valid_loss_{mode}": loss for mode, loss in losses.items()})
+
+    # ---- the loop
+    stop = _StopSignal()
+    started, first_iteration, since_log = time.monotonic(), iteration, time.monotonic()
+    logged_iteration, saved_iteration, evaluated_iteration = iteration, iteration if run.load else -1, -1
+    while iteration < optimization.train_iters:
+        mcore.reseed(config.data.seed + iteration)
+        ids = consumed_samples + np.arange(optimization.global_batch_size)
+        reports, grad_norm = _step(model, optimizer, train_samples, ids, optimization.micro_batch_size)
+        learning_rate = _learning_rate(optimizer)
+        schedule.step(increment=optimization.global_batch_size)
+        iteration += 1
+        consumed_samples += optimization.global_batch_size
+
+        minutes = (time.monotonic() - started) / 60
+        wants_exit = stop.received or (run.exit_duration_in_mins or float("inf")) <= minutes
+        loss, wants_exit = _agree(reports, wants_exit)
+        wants_exit |= run.exit_interval is not None and iteration - first_iteration >= run.exit_interval
+        last = iteration == optimization.train_iters
+        if iteration % run.log_interval == 0 or last or iteration == first_iteration + 1:
+            seconds = (time.monotonic() - since_log) / (iteration - logged_iteration)
+            log.step(
+                iteration,
+                seconds,
+                {
+                    "lm_loss": loss,
+                    "grad_norm": grad_norm,
+                    "learning_rate": learning_rate,
+                    "tokens_per_second": optimization.global_batch_size * config.model.seq_length / seconds,
+                    "consumed_samples": consumed_samples,
+                },
+            )
+            since_log, logged_iteration = time.monotonic(), iteration
+        if (run.eval_interval and iteration % run.eval_interval == 0) or last:
+            evaluate()
+            evaluated_iteration, since_log = iteration, time.monotonic()
+        if run.save and ((run.save_interval and iteration % run.save_interval == 0) or last or wants_exit):
+            save()
+            saved_iteration, since_log = iteration, time.monotonic()
+        if wants_exit:
+            log.say(f"exiting after iteration {iteration} as asked")
+            break
+    del saved_iteration, evaluated_iteration
+    log.close()
+    mcore.shut_down()
+
+
+def _step(
+    model: torch.nn.Module, optimizer: Any, samples: Samples, ids: np.ndarray, micro_batch_size: int
+) -> tuple[list[dict[str, Any]], float]:
+    """One update on the samples `ids` of the global batch; returns (reports on the last stage, gradient norm)."""
+    ranks = mcore.parallel_state.get_data_parallel_world_size()
+    rank = mcore.parallel_state.get_data_parallel_rank()
+    mine = ids.reshape(-1, ranks, micro_batch_size)[:, rank]
+    first = samples.batch(mine[0])
+    model.train()
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    reports = mcore.run_pipeline(
+        forward_step,
+        _batches(first, samples, mine[1:]),
+        model,
+        num_microbatches=len(mine),
+        seq_length=boundary_length(model, first),
+        micro_batch_size=micro_batch_size,
+        forward_only=False,
+    )
+    _, grad_norm = mcore.optimizer_step(optimizer)
+    return reports, grad_norm
+
+
+def _batches(first: Batch, samples: Samples, rest: np.ndarray) -> Iterator[Batch]:
+    yield first
+    for ids in rest:
+        yield samples.batch(ids)
+
+
+def _agree(reports: list[dict[str, Any]], wants_exit: bool) -> tuple[float, bool]:
+    """The loss of the global batch in nats a predicted token, and whether any rank wants to exit; on every rank."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    if mcore.parallel_state.get_tensor_model_parallel_rank() == 0:
+        for report in reports:
+            sums += torch.stack([report["loss"].double().sum(), report["tokens"].double().sum(), torch.zeros(())]).cpu()
+    sums[2] = float(wants_exit)
+    sums = sums.to(mcore.device())
+    dist.all_reduce(sums)
+    loss, tokens, exits = sums.tolist()
+    return loss / max(1.0, tokens), exits > 0
+
+
+def _samples(config: PretrainConfig, data: TrainingData, split: str, num_samples: int | None) -> Samples:
+    return data.samples(
+        split,
+        config.data,
+        config.active_retro,
+        seq_length=config.model.seq_length,
+        num_samples=num_samples,
+        training=split == "train",
+    )
+
+
+def _schedule(config: PretrainConfig, optimizer: Any) -> Any:
+    """Learning rate by consumed samples: linear warm-up, then the decay asked for."""
+    optimization = config.optimization
+    batch = optimization.global_batch_size
+    assert batch and optimization.lr_warmup_iters is not None and optimization.lr_decay_iters
+    return mcore.OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optimization.lr,
+        min_lr=optimization.min_lr,
+        lr_warmup_steps=optimization.lr_warmup_iters * batch,
+        lr_decay_steps=optimization.lr_decay_iters * batch,
+        lr_decay_style=optimization.lr_decay_style,
+        start_wd=optimization.weight_decay,
+        end_wd=optimization.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+
+
+def _learning_rate(optimizer: Any) -> float:
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def _checkpoint(config: PretrainConfig) -> Any:
+    """The checkpoint to resume from; None for a run that starts in its own empty --save directory."""
+    assert config.run.load
+    found = checkpoint.find(config.run.load)
+    if found is None and config.run.load != config.run.save:
+        from megatron_retro.errors import UserError
+
+        raise UserError(
+            f"--load {config.run.load} holds no checkpoint (no latest_checkpointed_iteration.txt); "
+            "leave --load out to start a new run"
+        )
+    return found
+
+
+def _description(config: PretrainConfig, data: TrainingData, model: torch.nn.Module, samples: Samples) -> str:
+    parallel, optimization = config.parallel, config.optimization
+    ranks = mcore.parallel_state.get_data_parallel_world_size()
+    parameters = torch.tensor(float(sum(p.numel() for p in model.parameters())), device=mcore.device())
+    dist.all_reduce(parameters, group=mcore.parallel_state.get_model_parallel_group())
+    kind = f"RETRO (layers {config.retro.retro_layers})" if config.active_retro else "GPT"
+    return (
+        f"{kind}, {parameters.item() / 1e6:.1f}M parameters; TP {parallel.tensor_model_parallel_size} × "
+        f"PP {parallel.pipeline_model_parallel_size} × DP {ranks}; {optimization.train_iters} iterations of "
+        f"{optimization.global_batch_size} × {config.model.seq_length} tokens; "
+        f"{samples.epoch_size:,} samples an epoch, {data.table.num_chunks:,} chunks"
+    )
+
+
+class _StopSignal:
+    """Remembers SIGTERM and SIGUSR1 (what SLURM sends before the time is up), to save and exit between steps."""
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, *_: Any) -> None:
+        self.received = True
