@@ -39,7 +39,7 @@ class Corpus:
         for suffix in (".bin", ".idx"):
             if not pathlib.Path(prefix + suffix).is_file():
                 raise UserError(f"corpus {name!r}: no file {prefix}{suffix}; --data-path takes the path without suffix")
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
+        from megatron_retro.mcore import IndexedDataset
 
         index = IndexedDataset(prefix).index
         dtype = np.dtype(index.dtype)
@@ -136,7 +136,7 @@ class ChunkTable:
         Raises:
             IndexError: an id that is no chunk.
         """
-        if len(chunk) and not (-1 <= chunk.min() and chunk.max() < self.num_chunks):
+        if len(chunk) and not (chunk.min() >= -1 and chunk.max() < self.num_chunks):
             raise IndexError(f"chunk ids {chunk.min()} … {chunk.max()} of a table of {self.num_chunks} chunks")
         document = self.document(np.maximum(chunk, 0))
         offset = (chunk - self.first_chunk[document]) * self.chunk_length

@@ -1,0 +1,155 @@
+"""Records of documents to Megatron's `.bin/.idx`: one document one sequence, each ending with the eod token.
+
+The stream of records is cut into blocks (see `documents.blocks`), each rank tokenizes its blocks into parts, and
+one rank puts the parts together in order: the same bytes for any number of ranks.
+"""
+
+import collections
+import heapq
+import json
+import os
+import pathlib
+import random
+from collections.abc import Iterable
+
+import numpy as np
+
+from megatron_retro.data.documents import BadRecord, Record
+from megatron_retro.data.tokenizer import Tokenizer
+from megatron_retro.errors import UserError
+from megatron_retro.workdir import sync_directory, write_atomically
+
+_WINDOW = 1 << 20  # tokens
+
+
+def token_dtype(vocab_size: int) -> type[np.number]:
+    """uint16 where every id fits, else int32 (Megatron's two)."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.int32
+
+
+def sample_texts(records: Iterable[Record], key: str, seed: int, max_bytes: int) -> list[str]:
+    """A random sample of documents of at most `max_bytes` in all, in one pass and bounded memory.
+
+    Every record draws a priority; the smallest stay. The rest of a single document that is larger is cut off.
+    """
+    generator = random.Random(seed)
+    kept: list[tuple[float, int, Record]] = []  # largest priority first
+    num_bytes = 0
+    for number, record in enumerate(records):
+        heapq.heappush(kept, (-generator.random(), number, record))
+        num_bytes += record.num_bytes
+        while num_bytes > max_bytes and len(kept) > 1:
+            num_bytes -= heapq.heappop(kept)[2].num_bytes
+    texts = []
+    for _, _, record in sorted(kept, key=lambda item: item[1]):
+        try:
+            texts.append(record.text(key)[:max_bytes])
+        except BadRecord:
+            continue  # counted, or refused, when it is tokenized
+    return texts
+
+
+def part_is_complete(prefix: pathlib.Path) -> bool:
+    return prefix.with_suffix(".json").exists()
+
+
+def write_part(prefix: pathlib.Path, block: list[Record], tokenizer: Tokenizer, key: str, *, strict: bool) -> None:
+    """Tokenize one block of records into `<prefix>.bin .idx`, and what was counted into `<prefix>.json`, in that order.
+
+    Raises:
+        UserError: a bad record, if `strict`.
+    """
+    texts, skipped = _texts(block, key, strict=strict)
+    rows = [row for row in tokenizer.encode(texts) if row]
+    if len(rows) < len(texts):
+        skipped["no tokens"] += len(texts) - len(rows)
+    documents = [np.array([*row, tokenizer.eod]) for row in rows]
+    counts = {"documents": len(documents), "tokens": sum(map(len, documents)), "skipped": dict(skipped)}
+    builder = _Builder(prefix, token_dtype(tokenizer.vocab_size))
+    for document in documents:
+        builder.add(document)
+    builder.finish()
+    write_atomically(prefix.with_suffix(".json"), lambda file: file.write(json.dumps(counts).encode()))
+
+
+def merge_parts(parts: list[pathlib.Path], prefix: pathlib.Path, dtype: type[np.number]) -> dict:
+    """Put parts together, in order, as `<prefix>.bin .idx`.
+
+    Returns:
+        The parts' counts, summed: `documents`, `tokens`, `skipped` (reason -> records).
+    """
+    builder = _Builder(prefix, dtype)
+    documents, tokens, skipped = 0, 0, collections.Counter[str]()
+    for part in parts:
+        counts = json.loads(part.with_suffix(".json").read_text())
+        documents, tokens = documents + counts["documents"], tokens + counts["tokens"]
+        skipped.update(counts["skipped"])
+        builder.add_part(part)
+    builder.finish()
+    return {"documents": documents, "tokens": tokens, "skipped": dict(sorted(skipped.items()))}
+
+
+def remove_parts(parts: list[pathlib.Path]) -> None:
+    """Remove parts that were merged (files that this module made)."""
+    for part in parts:
+        for suffix in (".json", ".idx", ".bin"):
+            part.with_suffix(suffix).unlink(missing_ok=True)
+    for directory in {part.parent for part in parts}:
+        directory.rmdir()
+
+
+def check_token_ids(name: str, tokens: np.ndarray, vocab_size: int, max_windows: int = 64) -> None:
+    """Look for ids outside the vocabulary in up to `max_windows` evenly spread windows of a million tokens.
+
+    Raises:
+        UserError: there is one; the tokenizer is not the one that made these tokens.
+    """
+    num_windows = min(max_windows, -(-len(tokens) // _WINDOW))
+    for window in range(num_windows):
+        begin = max(0, len(tokens) - _WINDOW) * window // max(1, num_windows - 1)
+        ids = tokens[begin : begin + _WINDOW]
+        worst = int(ids.max()) if ids.min() >= 0 else int(ids.min())
+        if not 0 <= worst < vocab_size:
+            raise UserError(
+                f"--data-path corpus {name!r} holds token id {worst}, --tokenizer-model has {vocab_size} ids; "
+                "give the tokenizer that made the corpus"
+            )
+
+
+def _texts(block: list[Record], key: str, *, strict: bool) -> tuple[list[str], collections.Counter]:
+    texts: list[str] = []
+    skipped: collections.Counter = collections.Counter()
+    for record in block:
+        try:
+            texts.append(record.text(key))
+        except BadRecord as reason:
+            if strict:
+                raise UserError(f"--strict: {record.where}: {reason}; repair it, or leave --strict out") from None
+            skipped[str(reason)] += 1
+    return texts, skipped
+
+
+class _Builder:
+    """megatron-core's builder, writing under temporary names."""
+
+    def __init__(self, prefix: pathlib.Path, dtype: type[np.number]):
+        from megatron_retro.mcore import IndexedDatasetBuilder
+
+        self.prefix = prefix
+        self._ending = f".tmp{os.getpid()}"
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._builder = IndexedDatasetBuilder(f"{prefix}.bin{self._ending}", dtype=dtype)
+
+    def add(self, tokens: np.ndarray) -> None:
+        self._builder.add_document(tokens, [len(tokens)])
+
+    def add_part(self, prefix: pathlib.Path) -> None:
+        self._builder.add_index(str(prefix))
+
+    def finish(self) -> None:
+        self._builder.finalize(f"{self.prefix}.idx{self._ending}")
+        for suffix in (".bin", ".idx"):
+            with open(f"{self.prefix}{suffix}{self._ending}", "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(f"{self.prefix}{suffix}{self._ending}", f"{self.prefix}{suffix}")
+        sync_directory(self.prefix.parent)

@@ -1,0 +1,177 @@
+"""Tokenizers: text to token ids and back.
+
+A SentencePiece model (one trained here keeps every character: `decode(encode(x)) == x`) or a Hugging Face
+`tokenizer.json`.
+"""
+
+import abc
+import io
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+
+from megatron_retro.errors import UserError
+
+EOD_NAMES = ("<eod>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+PAD_NAMES = ("<pad>", "<|pad|>", "<|padding|>", "[PAD]")
+
+_SPACE_MARK = "▁"  # SentencePiece writes a space so, and reads every such mark as a space
+_PIECE_CHARACTERS = 1000  # of one training sentence; the trainer skips longer ones than its limit without a word
+
+
+class Tokenizer(abc.ABC):
+    """What preprocessing and generation need of a tokenizer.
+
+    Attributes:
+        vocab_size: number of ids.
+        eod: id that ends every document.
+        pad: id that fills rows; `eod` when the model has none.
+    """
+
+    vocab_size: int
+    eod: int
+    pad: int
+
+    @staticmethod
+    def open(path: str | os.PathLike) -> "Tokenizer":
+        """Open a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
+
+        Raises:
+            UserError: not readable as either, or it has no end-of-document id.
+        """
+        path = pathlib.Path(path)
+        if not path.is_file():
+            raise UserError(f"--tokenizer-model {path}: no such file")
+        return JsonTokenizer(path) if path.suffix == ".json" else PieceTokenizer(path)
+
+    @abc.abstractmethod
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, nothing added at either end."""
+
+    @abc.abstractmethod
+    def decode(self, tokens: list[list[int]]) -> list[str]:
+        """Text of each row of ids; eod, pad and other control ids become nothing."""
+
+
+class PieceTokenizer(Tokenizer):
+    """A SentencePiece model."""
+
+    def __init__(self, path: pathlib.Path):
+        import sentencepiece
+
+        try:
+            self._model = model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--tokenizer-model {path} is not a SentencePiece model ({error})") from None
+        self.vocab_size = model.vocab_size()
+        names = {model.id_to_piece(id): id for id in range(self.vocab_size) if model.is_control(id)}
+        self.eod = _named(names, EOD_NAMES, model.eos_id(), path)
+        self.pad = _named(names, PAD_NAMES, model.pad_id() if model.pad_id() >= 0 else self.eod, path)
+        self._control = {*names.values(), self.eod, self.pad}
+        mark = [model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        self._mark = mark if all(model.is_byte(id) for id in mark) else None
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        rows = self._model.encode(texts)
+        for number, text in enumerate(texts):
+            if _SPACE_MARK in text and self._mark:
+                rows[number] = self._encode_around_marks(text, self._mark)
+        return rows
+
+    def _encode_around_marks(self, text: str, mark: list[int]) -> list[int]:
+        """Spell the space mark in bytes, else it would come back as a space."""
+        first, *others = self._model.encode(text.split(_SPACE_MARK))
+        return first + [id for other in others for id in mark + other]
+
+    def decode(self, tokens: list[list[int]]) -> list[str]:
+        return self._model.decode([[id for id in row if id not in self._control] for row in tokens])
+
+
+class JsonTokenizer(Tokenizer):
+    """A Hugging Face `tokenizer.json`."""
+
+    def __init__(self, path: pathlib.Path):
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(f"--tokenizer-model {path} needs the package tokenizers: pip install tokenizers") from None
+        try:
+            self._model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"--tokenizer-model {path} is not a tokenizer.json ({error})") from None
+        self._model.no_padding()
+        self._model.no_truncation()
+        names = self._model.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(names.values()) + 1  # ids may have holes
+        self.eod = _named(names, EOD_NAMES, -1, path)
+        self.pad = _named(names, PAD_NAMES, self.eod, path)
+        self._control = {self.eod, self.pad}
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [row.ids for row in self._model.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, tokens: list[list[int]]) -> list[str]:
+        kept = [[id for id in row if id not in self._control] for row in tokens]
+        return self._model.decode_batch(kept, skip_special_tokens=True)
+
+
+def _named(names: dict[str, int], wanted: tuple[str, ...], otherwise: int, path: pathlib.Path) -> int:
+    found = next((names[name] for name in wanted if name in names), otherwise)
+    if found < 0:
+        raise UserError(f"--tokenizer-model {path} has no end-of-document token: none of {', '.join(wanted)}")
+    return found
+
+
+def train(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Train a SentencePiece unigram model that keeps every character of any text.
+
+    Args:
+        texts: the sample; the same texts give the same bytes.
+        vocab_size: pieces wanted; a small sample gets fewer.
+
+    Returns:
+        The content of a `.model` file.
+
+    Raises:
+        UserError: there is no text, or `vocab_size` has no room for 256 bytes, 3 special pieces and the alphabet.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            unk_id=0,
+            bos_id=-1,
+            eos_id=1,
+            eos_piece=EOD_NAMES[0],
+            pad_id=2,
+            pad_piece=PAD_NAMES[0],
+            max_sentence_length=4 * _PIECE_CHARACTERS,
+            shuffle_input_sentence=False,
+            num_threads=1,  # the sums of several threads would round differently from run to run
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].split("] ")[-1]
+        raise UserError(
+            f"no tokenizer of --vocab-size {vocab_size} can be trained on this text ({reason}); "
+            "give more text, another --vocab-size, or a --tokenizer-model"
+        ) from None
+    return model.getvalue()
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for begin in range(0, len(text), _PIECE_CHARACTERS):
+            yield text[begin : begin + _PIECE_CHARACTERS]

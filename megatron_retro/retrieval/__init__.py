@@ -1,0 +1,1 @@
+"""Embeddings of chunks, the index over them, and every chunk's neighbors."""

@@ -1,0 +1,107 @@
+"""Rows by chunk id, in one `.npy` file a block of consecutive chunks of a corpus.
+
+    <kind>/<corpus>/<a>-<b><suffix>     rows of chunks a … b-1, counted within the corpus
+
+Blocks are the unit of sharing out work to ranks and of going on after an interruption.
+"""
+
+import dataclasses
+import os
+import pathlib
+
+import numpy as np
+
+from megatron_retro.data.chunks import running_sum
+from megatron_retro.retrieval.progress import say
+from megatron_retro.workdir import WorkDir
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Chunks `begin` … `end`-1 of a corpus; `first` is the chunk id (over all corpora) of `begin`."""
+
+    corpus: str
+    begin: int
+    end: int
+    first: int
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Chunk ids, [end - begin] int64."""
+        return np.arange(self.first, self.first + len(self), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self.end - self.begin
+
+    def path(self, work: WorkDir, kind: str, suffix: str = ".npy") -> pathlib.Path:
+        return work.path / kind / self.corpus / f"{self.begin}-{self.end}{suffix}"
+
+
+def auto_block_size(num_chunks: int) -> int:
+    """Chunks a block: about 1,000 blocks, within 2,048 (sorting by length pays) and 131,072 (an hour's work)."""
+    wanted = max(1, num_chunks // 1000)
+    return min(max(2048, 1 << (wanted - 1).bit_length()), 1 << 17)
+
+
+def plan(work: WorkDir, block_size: int) -> list[Block]:
+    """All blocks of a work dir, in the order of chunk ids."""
+    blocks, first = [], 0
+    for corpus in work.facts("chunks")["corpora"]:
+        for begin in range(0, corpus["chunks"], block_size):
+            end = min(begin + block_size, corpus["chunks"])
+            blocks.append(Block(corpus["name"], begin, end, first + begin))
+        first += corpus["chunks"]
+    return blocks
+
+
+def is_complete(path: pathlib.Path, shape: tuple[int, ...], dtype: type[np.generic]) -> bool:
+    """Whether a block's file is there; a damaged one is set aside, and named, so that it is made again."""
+    if not path.exists():
+        return False
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        damage = "" if (array.shape, array.dtype) == (shape, dtype) else f"{array.dtype} {array.shape}"
+    except (ValueError, OSError, EOFError) as error:
+        damage = str(error)
+    if not damage:
+        return True
+    aside = path.with_name(path.name + ".damaged")
+    os.replace(path, aside)
+    say(f"{path} is damaged (found {damage}, expected {np.dtype(dtype)} {shape}): moved to {aside.name}, built again")
+    return False
+
+
+class RowTable:
+    """Rows by chunk id over memory-mapped block files, each opened once, when first read."""
+
+    def __init__(self, work: WorkDir, kind: str, blocks: list[Block], suffix: str = ".npy"):
+        self._paths = [block.path(work, kind, suffix) for block in blocks]
+        self._first = running_sum(np.array([len(block) for block in blocks]))
+        self._open: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def rows(self, chunks: np.ndarray) -> np.ndarray:
+        """The rows of chunk ids [n] int64: [n, width], as stored.
+
+        Raises:
+            IndexError: an id that is no chunk.
+        """
+        if len(chunks) and not (chunks.min() >= 0 and chunks.max() < len(self)):
+            raise IndexError(f"chunk ids {chunks.min()} … {chunks.max()} of a table of {len(self)} chunks")
+        of_block = np.searchsorted(self._first, chunks, side="right") - 1
+        sample = self._block(int(of_block[0]) if len(chunks) else 0)
+        rows = np.empty((len(chunks), sample.shape[1]), sample.dtype)
+        order = np.argsort(of_block, kind="stable")
+        bounds = np.searchsorted(of_block[order], np.unique(of_block))
+        for here in np.split(order, bounds[1:]):
+            if len(here):
+                number = int(of_block[here[0]])
+                rows[here] = self._block(number)[chunks[here] - self._first[number]]
+        return rows
+
+    def _block(self, number: int) -> np.ndarray:
+        if number not in self._open:
+            self._open[number] = np.load(self._paths[number], mmap_mode="r", allow_pickle=False)
+        return self._open[number]

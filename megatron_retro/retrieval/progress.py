@@ -1,0 +1,69 @@
+"""Progress of a stage: a bar on a terminal, else a plain line every ten seconds. Rank 0 alone prints."""
+
+import sys
+import time
+from typing import Any
+
+from megatron_retro import distributed
+
+_SECONDS_BETWEEN_LINES = 10
+
+
+class Progress:
+    """Counts units of work that this rank has done.
+
+    Args:
+        stage: what is being done.
+        total: this rank's units in all; None if unknown.
+        unit: their name, in the plural.
+        done: units that an earlier run finished; they do not count for the rate.
+    """
+
+    def __init__(self, stage: str, total: int | None, unit: str, done: int = 0):
+        self._stage, self._total, self._unit = stage, total, unit
+        self._first, self._done, self._start = done, done, time.monotonic()
+        self._next_line = self._start + _SECONDS_BETWEEN_LINES
+        self._bar: Any = None
+        self._prints = distributed.rank() == 0
+        if self._prints and sys.stderr.isatty():
+            import tqdm
+
+            self._bar = tqdm.tqdm(desc=stage, total=total, unit=f" {unit}", initial=done)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, units: int) -> None:
+        self._done += units
+        if self._bar is not None:
+            self._bar.update(units)
+        elif self._prints and time.monotonic() >= self._next_line:
+            say(self._line())
+            self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+
+    def _line(self) -> str:
+        rate = (self._done - self._first) / max(1e-9, time.monotonic() - self._start)
+        if self._total is None:
+            return f"{self._stage}: {self._done:,} {self._unit}, {rate:,.0f}/s"
+        left = (self._total - self._done) / max(1e-9, rate)
+        share = f"{self._done:,} of {self._total:,} {self._unit}"
+        ranks = f" on each of {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
+        return f"{self._stage}: {share}, {rate:,.0f}/s{ranks}, {duration(left)} left"
+
+
+def say(line: str) -> None:
+    """Print a line, on rank 0."""
+    if distributed.rank() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Like "3 h 20 min", "5 min 10 s" or "4 s"."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
