@@ -54,10 +54,11 @@ class RetroDecoder(MegatronModule):
         self.encoder = None
         for number in layers_of_this_stage(config):
             reads = None
-            with initial_weights(seed, f"layer {number}"):
-                if number in retro_layers:
-                    assert encoder_config
+            if number in retro_layers:
+                assert encoder_config
+                with initial_weights(seed, f"cross-attention {number}"):
                     reads = ChunkedCrossAttention(config, encoder_config.hidden_size, chunk_length)
+            with initial_weights(seed, f"layer {number}"):
                 self.layers.append(Layer(config, number, causal=True, cross_attention=reads))
         if self.first_retro_layer in layers_of_this_stage(config):
             assert encoder_config
