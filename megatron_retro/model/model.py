@@ -95,7 +95,7 @@ class RetroModel(LanguageModule):
             tokens_BxS: token ids (int64).
             labels_BxS: next tokens (int64).
             mask: of self-attention, bool [B, 1, S, S], True where a position may look; None means causal.
-            neighbor_tokens_BxLxKxR: retrieved token ids (int64); None turns retrieval off.
+            neighbor_tokens_BxLxKxR: retrieved token ids (int64); None, or L = 0, turns retrieval off.
             neighbor_lengths_BxLxK: their numbers of tokens (int64), 0 for no neighbor.
 
         Returns:
@@ -104,7 +104,7 @@ class RetroModel(LanguageModule):
         """
         num_samples, num_positions = tokens_BxS.shape
         neighbors = encoded = None
-        if neighbor_tokens_BxLxKxR is not None and self.retrieved_shape:
+        if neighbor_tokens_BxLxKxR is not None and neighbor_tokens_BxLxKxR.numel() and self.retrieved_shape:
             assert neighbor_lengths_BxLxK is not None
             neighbors = Neighbors.of(neighbor_tokens_BxLxKxR, neighbor_lengths_BxLxK)
         if self.pre_process:
