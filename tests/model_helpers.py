@@ -30,6 +30,7 @@ RETRO_SHAPE = dict(
 
 def make_model(*, retro: bool = True, seed: int = 1, bf16: bool = False, **flags: object) -> RetroModel:
     """A model with its initial weights; `flags` are fields of `ModelConfig` that differ from `SHAPE`."""
+    torch.set_num_threads(1)  # threads cost tiny tensors more than they give, most of all on a busy machine
     if not mcore.parallel_state.model_parallel_is_initialized():
         mcore.initialize()
     model = ModelConfig(**{**SHAPE, "rotary_base": ROTARY_BASE, **flags})
@@ -82,6 +83,7 @@ def randn(*shape: int, seed: int = 7) -> Tensor:
 # ----------------------------------------------------------------------------------------- RETRO, in plain loops
 
 
+@torch.no_grad()
 def naive_logits(model: RetroModel, tokens_S: Tensor, tokens_LxKxR: Tensor, lengths_LxK: Tensor) -> Tensor:
     """Logits [S, V] of one sample."""
     num_chunks, num_neighbors, _ = tokens_LxKxR.shape
@@ -114,6 +116,7 @@ def naive_logits(model: RetroModel, tokens_S: Tensor, tokens_LxKxR: Tensor, leng
     return x_SxD @ (model.embedding.word_embeddings.weight if tied else model.output_layer.weight).T
 
 
+@torch.no_grad()
 def naive_encoder(encoder: RetroEncoder, tokens_R: Tensor, length: int, chunk_CxD: Tensor) -> Tensor | None:
     """One neighbor with its first `length` tokens [length, encoder width]; None where there is no neighbor."""
     if not length:
@@ -128,6 +131,7 @@ def naive_encoder(encoder: RetroEncoder, tokens_R: Tensor, length: int, chunk_Cx
     return naive_norm(encoder.final_layernorm, x)
 
 
+@torch.no_grad()
 def naive_cca(cca: ChunkedCrossAttention, x_SxD: Tensor, encoded: list, lengths_LxK: Tensor) -> Tensor:
     """CCA of one sample [S, D]. `encoded[u][k]` is neighbor k of chunk u, [its length, encoder width] or None."""
     out = torch.zeros(len(x_SxD), x_SxD.shape[1], dtype=x_SxD.dtype)
@@ -153,6 +157,7 @@ def naive_cca(cca: ChunkedCrossAttention, x_SxD: Tensor, encoded: list, lengths_
     return out
 
 
+@torch.no_grad()
 def naive_encoder_cross(cross: EncoderCrossAttention, x_RxD: Tensor, chunk_CxD: Tensor) -> Tensor:
     q_RxHxE = naive_linear(cross.linear_q, x_RxD).view(len(x_RxD), cross.num_heads, -1)
     kv_CxGx2E = naive_linear(cross.linear_kv, chunk_CxD).view(len(chunk_CxD), cross.num_groups, -1)
@@ -174,6 +179,7 @@ def naive_self_attention(layer: Layer, x_SxD: Tensor, seen_SxS: Tensor, *, rotar
     return naive_linear(module.linear_proj, naive_attention(q, k, v, seen_SxS))
 
 
+@torch.no_grad()
 def naive_attention(q_SxHxE: Tensor, k_TxGxE: Tensor, v_TxGxE: Tensor, seen_SxT: Tensor) -> Tensor:
     """Attention query by query and head by head, over the keys seen; [S, H·E]."""
     num_heads, per_group = q_SxHxE.shape[1], q_SxHxE.shape[1] // k_TxGxE.shape[1]
