@@ -21,7 +21,7 @@ def pack(x_SxBxD: Tensor, encoded: Tensor | None, num_positions: int, shape: tup
     """[S, B, D] and the encoder's output, zeros where it is not made yet, as [S + rows, B, D]."""
     if shape is None:
         return x_SxBxD
-    assert x_SxBxD.shape[0] == num_positions
+    assert x_SxBxD.shape[0] == num_positions and (encoded is None or encoded.shape == shape)
     num_samples, hidden_size = x_SxBxD.shape[1:]
     size = boundary_rows(shape, num_samples, hidden_size) * num_samples * hidden_size
     flat = x_SxBxD.new_zeros(size) if encoded is None else F.pad(encoded.flatten(), (0, size - encoded.numel()))
