@@ -15,9 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-warnings.filterwarnings("ignore", message="Apex is not installed")
-warnings.filterwarnings("ignore", message="full scope is deprecated")
+# What megatron-core says on import and in use that its user can do nothing about.
+for _message in (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+    "`load_state_dict` is deprecated",
+    "`torch.distributed.*` is deprecated",
+):
+    warnings.filterwarnings("ignore", message=_message)
 
 # ruff: noqa: E402
 from megatron.core import dist_checkpointing, parallel_state
@@ -84,6 +90,7 @@ def device() -> torch.device:
 
 def initialize(tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1, *, timeout_minutes: float = 10) -> None:
     """Join the ranks (nccl with CUDA, gloo without; one plain process is a world of one) and form the groups."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # sequence parallelism overlaps better so
     if has_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:

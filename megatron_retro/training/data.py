@@ -90,6 +90,10 @@ class TrainingData:
             random_neighbor_prob=retro.retro_random_neighbor_prob if retro and training else 0.0,
         )
 
+    def num_chunks(self, split: str) -> int:
+        """Chunks in a split, over all corpora."""
+        return len(self.table.chunks_of(self.table.documents_in(split, self.split_weights)))
+
 
 def split_weights(work: WorkDir) -> tuple[float, ...]:
     """The shares of train, valid and test that a work dir was built with."""

@@ -44,7 +44,9 @@ def train(config: PretrainConfig) -> None:
     optimization = config.optimization
     assert optimization.train_iters is not None and optimization.global_batch_size and optimization.lr
     train_samples = _samples(config, data, "train", max(1, optimization.train_iters * optimization.global_batch_size))
-    valid_samples = _samples(config, data, "valid", None) if run.eval_iters else None
+    valid_samples = None
+    if run.eval_iters and data.num_chunks("valid"):
+        valid_samples = _samples(config, data, "valid", None)
 
     # ---- model, optimizer, schedule
     vocab_size = padded_vocab_size(
@@ -77,6 +79,8 @@ def train(config: PretrainConfig) -> None:
         schedule.step(increment=consumed_samples)
         log.say(f"resumed from {found}, {consumed_samples:,} samples read")
     log.say(_description(config, data, model, train_samples))
+    if run.eval_iters and valid_samples is None:
+        log.say("the valid split is empty: no evaluation")
 
     def save() -> None:
         state = checkpoint.RunState(
