@@ -28,11 +28,16 @@ RETRO_SHAPE = dict(
 )
 
 
-def make_model(*, retro: bool = True, seed: int = 1, bf16: bool = False, **flags: object) -> RetroModel:
-    """A model with its initial weights; `flags` are fields of `ModelConfig` that differ from `SHAPE`."""
+def initialize() -> None:
+    """Make this process a world of one rank, once a session."""
     torch.set_num_threads(1)  # threads cost tiny tensors more than they give, most of all on a busy machine
     if not mcore.parallel_state.model_parallel_is_initialized():
         mcore.initialize()
+
+
+def make_model(*, retro: bool = True, seed: int = 1, bf16: bool = False, **flags: object) -> RetroModel:
+    """A model with its initial weights; `flags` are fields of `ModelConfig` that differ from `SHAPE`."""
+    initialize()
     model = ModelConfig(**{**SHAPE, "rotary_base": ROTARY_BASE, **flags})
     model.finish()
     neighbors = None
