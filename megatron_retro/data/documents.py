@@ -8,10 +8,9 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import pathlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, Protocol
 
 from megatron_retro.errors import UserError
@@ -142,19 +141,25 @@ class Source:
             digest.update(f"{file}\0{file.stat().st_size}\n".encode("utf-8", "surrogateescape"))
         return f"{len(self.files)} files:{digest.hexdigest()[:16]}"
 
-    def records(self, key: str) -> Iterator[Record]:
-        """All records, in order.
+    @property
+    def num_bytes(self) -> int:
+        """Of all files, as they lie on disk."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def records(self, key: str, advance: Callable[[int], None] = lambda num_bytes: None) -> Iterator[Record]:
+        """All records, in order; `advance` is told now and then how many bytes on disk were read.
 
         Raises:
             UserError: a file that cannot be read to its end.
         """
         for file in self.files:
             if file.name.endswith(".parquet"):
-                yield from _parquet_rows(file, key)
+                yield from _parquet_rows(file, key, advance)
             elif file.name.endswith(".txt"):
                 yield TextFile(str(file), file.stat().st_size)
+                advance(file.stat().st_size)
             else:
-                yield from _lines(file)
+                yield from _lines(file, advance)
 
 
 def find_sources(arguments: Iterable[str]) -> list[Source]:
@@ -196,33 +201,37 @@ def _stem(path: pathlib.Path) -> str:
     return path.name[: -len(suffix)]
 
 
-def _lines(file: pathlib.Path) -> Iterator[JsonLine]:
+def _lines(file: pathlib.Path, advance: Callable[[int], None]) -> Iterator[JsonLine]:
     try:
-        with _open(file) as lines:
+        with open(file, "rb") as compressed, _unpacked(compressed) as lines:
+            told = 0
             for number, raw in enumerate(lines, 1):
                 if raw.strip():
                     yield JsonLine(f"{file}:{number}", raw)
+                if compressed.tell() > told:
+                    advance(compressed.tell() - told)
+                    told = compressed.tell()
     except (EOFError, zlib.error, OSError) as error:
         raise UserError(f"--input {file}: cannot be read to its end ({error}); fetch the file again") from None
 
 
-def _open(file: pathlib.Path) -> BinaryIO:
+def _unpacked(file: BinaryIO) -> BinaryIO:
     if file.name.endswith(".gz"):
         return gzip.open(file, "rb")  # type: ignore[return-value]
     if file.name.endswith(".zst"):
-        return _open_zstandard(file)
-    return open(file, "rb")
+        return _unpacked_zstandard(file)
+    return file
 
 
-def _open_zstandard(file: pathlib.Path) -> BinaryIO:
+def _unpacked_zstandard(file: BinaryIO) -> BinaryIO:
     """Through pyarrow: zstandard's own reader takes a file that ends inside a frame for a complete one."""
     import pyarrow
 
-    stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd")
+    stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
     return io.BufferedReader(stream, 1 << 20)  # type: ignore[arg-type, return-value]
 
 
-def _parquet_rows(file: pathlib.Path, key: str) -> Iterator[ParquetRow]:
+def _parquet_rows(file: pathlib.Path, key: str, advance: Callable[[int], None]) -> Iterator[ParquetRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -235,6 +244,7 @@ def _parquet_rows(file: pathlib.Path, key: str) -> Iterator[ParquetRow]:
             for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                 row += 1
                 yield ParquetRow(f"{file}:row {row}", value)
+        advance(file.stat().st_size)
     except (pyarrow.ArrowException, OSError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--input {os.fspath(file)}: cannot be read as Parquet text ({first_line})") from None
+        raise UserError(f"--input {file}: cannot be read as Parquet text ({first_line})") from None

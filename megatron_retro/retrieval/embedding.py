@@ -6,6 +6,7 @@ embeddings/<corpus>/<a>-<b>.npy     [b-a, E] float16
 import importlib.util
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,14 @@ class Embedder:
         self._model = _load(name).to(getattr(torch, dtype)).eval()
         self.width = int(self._model.get_embedding_dimension())
 
-    def embed(self, texts: list[str]) -> np.ndarray:
-        """Embeddings of texts: [n, E] float16. Texts of like length share a batch, so little is padded."""
+    def embed(self, texts: list[str], advance: Callable[[int], None] = lambda num_texts: None) -> np.ndarray:
+        """Embeddings of texts: [n, E] float16. Texts of like length share a batch, so little is padded.
+
+        `advance` is told the number of texts of each batch.
+
+        Raises:
+            UserError: the checkpoint's embeddings do not fit float16.
+        """
         import torch
 
         order = np.argsort([-length for length in self._lengths(texts)], kind="stable")
@@ -51,6 +58,7 @@ class Embedder:
                 features = self._model.preprocess([texts[number] for number in batch])
                 features = {name: self._moved(value) for name, value in features.items()}
                 embeddings[batch] = self._model(features)["sentence_embedding"].float().cpu().numpy()
+                advance(len(batch))
         if not np.isfinite(embeddings).all():
             raise UserError("--retro-embedder gives embeddings beyond the range of float16; take another checkpoint")
         return embeddings
@@ -113,15 +121,19 @@ def fastest_dtype(name: str, batch_size: int) -> str:
 
     if torch.cuda.is_available():
         return "bfloat16"
-    text = "A chunk of about sixty-four tokens, as the embedder will see them. " * 5
+    text = "A chunk of about sixty-four tokens, as the embedder will see them. " * 4
     seconds = {}
     for dtype in ("float32", "bfloat16"):
         embedder = Embedder(name, dtype, batch_size)
         embedder.embed([text] * batch_size)  # the first call sets things up
-        start = time.perf_counter()
-        embedder.embed([text] * batch_size)
-        seconds[dtype] = time.perf_counter() - start
+        seconds[dtype] = min(_seconds(embedder, [text] * batch_size) for _ in range(2))
     return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def _seconds(embedder: Embedder, texts: list[str]) -> float:
+    start = time.perf_counter()
+    embedder.embed(texts)
+    return time.perf_counter() - start
 
 
 def chunk_texts(table: ChunkTable, chunks: np.ndarray, tokenizer: Tokenizer) -> list[str]:

@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -96,13 +97,16 @@ def plan_shards(blocks: list[Block], num_shards: int) -> list[list[Block]]:
     return [blocks[begin:end] for begin, end in itertools.pairwise(bounds)]
 
 
-def fill(index: Any, blocks: list[Block], embeddings: EmbeddingTable, database: np.ndarray) -> None:
-    """Add the database's chunks of `blocks`, under their chunk ids."""
+def fill(
+    index: Any, blocks: list[Block], embeddings: EmbeddingTable, database: np.ndarray, advance: Callable[[int], None]
+) -> None:
+    """Add the database's chunks of `blocks`, under their chunk ids; `advance` is told the chunks of each block."""
     for block in blocks:
         begin, end = np.searchsorted(database, (block.first, block.first + len(block)))
         chunks = database[begin:end]
         if len(chunks):
             index.add_with_ids(embeddings.rows(chunks).astype(np.float32), chunks)
+        advance(len(block))
 
 
 def write_index(path: pathlib.Path, index: Any) -> None:

@@ -18,6 +18,9 @@ from megatron_retro.workdir import WorkDir, fingerprint, write_atomically
 
 TOKENIZER_SAMPLE_BYTES = 20_000_000
 
+Advance = Callable[[int], None]  # told how many units of work were done
+
+_QUERIES_AT_ONCE = 1024
 _HOURS_A_TASK = 7 * 24  # a rank may wait so long for the slowest one
 
 # The stage that records a task as finished; index-train is finished when its file is there.
@@ -196,18 +199,16 @@ def _make_tokenizer(work: WorkDir, config: PreprocessConfig) -> None:
 
 def _train_tokenizer(work: WorkDir) -> bytes:
     from megatron_retro.data import tokenizer
-    from megatron_retro.data.documents import Record, Source
+    from megatron_retro.data.documents import Source
     from megatron_retro.data.tokenize import sample_texts
 
     settings = work.settings
 
     def records() -> Any:
-        record: Record
-        with Progress("tokenizer: sampling", None, "documents") as progress:
-            for source in settings["sources"]:
-                for record in Source.find(source["path"]).records(settings["json_key"]):
-                    progress.advance(1)
-                    yield record
+        sources = [Source.find(source["path"]) for source in settings["sources"]]
+        with Progress("sample for the tokenizer", sum(source.num_bytes for source in sources), "bytes of input") as progress:
+            for source in sources:
+                yield from source.records(settings["json_key"], progress.advance)
 
     texts = sample_texts(records(), settings["json_key"], settings["seed"], TOKENIZER_SAMPLE_BYTES)
     say(f"tokenizer: training on {len(texts):,} documents of {sum(map(len, texts)):,} characters")
@@ -252,13 +253,12 @@ def _write_parts(work: WorkDir, source: dict[str, Any], tokenizer: Any, *, stric
     from megatron_retro.data.tokenize import part_is_complete, write_part
 
     parts, key = [], work.settings["json_key"]
-    stream = documents.blocks(documents.Source.find(source["path"]).records(key))
-    with Progress(f"tokenize {source['name']}", None, "documents") as progress:
-        for number, block in enumerate(stream):
+    files = documents.Source.find(source["path"])
+    with Progress(f"tokenize {source['name']}", files.num_bytes, "bytes of input") as progress:
+        for number, block in enumerate(documents.blocks(files.records(key, progress.advance))):
             parts.append(_part(work, source["name"], number))
             if number % distributed.world_size() == distributed.rank() and not part_is_complete(parts[-1]):
                 write_part(parts[-1], block, tokenizer, key, strict=strict)
-            progress.advance(len(block))
     return parts
 
 
@@ -330,9 +330,9 @@ def _embed(work: WorkDir, config: PreprocessConfig) -> None:
         lambda: Embedder(settings["retro_embedder"], settings["embedder_dtype"], batch_size)
     )
 
-    def make(number: int) -> None:
-        chunks = blocks[number].ids
-        save_npy(blocks[number].path(work, "embeddings"), embedder.embed(chunk_texts(table, chunks, tokenizer)))
+    def make(number: int, advance: Advance) -> None:
+        texts = chunk_texts(table, blocks[number].ids, tokenizer)
+        save_npy(blocks[number].path(work, "embeddings"), embedder.embed(texts, advance))
 
     def is_made(number: int) -> bool:
         path = blocks[number].path(work, "embeddings")
@@ -368,14 +368,16 @@ def _settle_embedder(work: WorkDir, batch_size: int) -> None:
     work.write()
 
 
-def _make_blocks(stage: str, sizes: list[int], is_made: Callable[[int], bool], make: Callable[[int], None]) -> None:
+def _make_blocks(
+    stage: str, sizes: list[int], is_made: Callable[[int], bool], make: Callable[[int, Advance], None]
+) -> None:
     """Make this rank's blocks that are not there yet; returns when every rank has.
 
     Args:
         stage: name to show.
         sizes: chunks of each block.
         is_made: whether a block, by number, is there.
-        make: makes one.
+        make: makes one, telling how many chunks it has come further.
     """
 
     def share() -> None:
@@ -385,8 +387,7 @@ def _make_blocks(stage: str, sizes: list[int], is_made: Callable[[int], bool], m
         done = total - sum(sizes[number] for number in missing)
         with Progress(stage, total, "chunks", done) as progress:
             for number in missing:
-                make(number)
-                progress.advance(sizes[number])
+                make(number, progress.advance)
 
     distributed.together(share)
 
@@ -432,9 +433,9 @@ def _fill_index(work: WorkDir, config: PreprocessConfig) -> None:
     _, embeddings, database = distributed.together(lambda: _database(work))
     shards = plan_shards(embeddings.blocks, work.settings["index_shards"])
 
-    def make(number: int) -> None:
+    def make(number: int, advance: Advance) -> None:
         index = read_index(trained, width)
-        fill(index, shards[number], embeddings, database)
+        fill(index, shards[number], embeddings, database, advance)
         write_index(_shard(work, number), index)
 
     sizes = [sum(map(len, shard)) for shard in shards]
@@ -470,7 +471,6 @@ def _query(work: WorkDir, config: PreprocessConfig) -> None:
     import numpy as np
 
     from megatron_retro.retrieval.blocks import is_complete
-    from megatron_retro.retrieval.neighbors import check_neighbors, own_chunks
     from megatron_retro.workdir import save_npy
 
     k = work.settings["retro_query_num_neighbors_save"]
@@ -478,11 +478,8 @@ def _query(work: WorkDir, config: PreprocessConfig) -> None:
     search, nprobe = distributed.together(lambda: _open_search(work, embeddings, database))
     blocks = embeddings.blocks
 
-    def make(number: int) -> None:
-        chunks = blocks[number].ids
-        own = own_chunks(table, chunks)
-        ids, distances = search.search(embeddings.rows(chunks), own, k)
-        check_neighbors(ids, distances, own, database)
+    def make(number: int, advance: Advance) -> None:
+        ids, distances = _query_block(search, table, embeddings, database, blocks[number].ids, k, advance)
         save_npy(blocks[number].path(work, "neighbors", ".distances.npy"), distances)
         save_npy(blocks[number].path(work, "neighbors", ".ids.npy"), ids)
 
@@ -494,6 +491,25 @@ def _query(work: WorkDir, config: PreprocessConfig) -> None:
     _make_blocks("query-neighbors", [len(block) for block in blocks], is_made, make)
     files = [block.path(work, "neighbors", end) for block in blocks for end in (".ids.npy", ".distances.npy")]
     on_rank_0(work, lambda: work.commit("neighbors", {"num_neighbors": k, "nprobe": nprobe}, files))
+
+
+def _query_block(
+    search: Any, table: Any, embeddings: Any, database: Any, chunks: Any, k: int, advance: Advance
+) -> tuple[Any, Any]:
+    """Neighbors of consecutive chunks [n], checked: ids and distances [n, k]."""
+    import numpy as np
+
+    from megatron_retro.retrieval.neighbors import check_neighbors, own_chunks
+
+    found = []
+    for begin in range(0, len(chunks), _QUERIES_AT_ONCE):
+        some = chunks[begin : begin + _QUERIES_AT_ONCE]
+        own = own_chunks(table, some)
+        ids, distances = search.search(embeddings.rows(some), own, k)
+        check_neighbors(ids, distances, own, database)
+        found.append((ids, distances))
+        advance(len(some))
+    return np.concatenate([ids for ids, _ in found]), np.concatenate([distances for _, distances in found])
 
 
 def _open_search(work: WorkDir, embeddings: Any, database: Any) -> tuple[Any, int | None]:

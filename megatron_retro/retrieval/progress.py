@@ -14,12 +14,12 @@ class Progress:
 
     Args:
         stage: what is being done.
-        total: this rank's units in all; None if unknown.
+        total: this rank's units in all.
         unit: their name, in the plural.
         done: units that an earlier run finished; they do not count for the rate.
     """
 
-    def __init__(self, stage: str, total: int | None, unit: str, done: int = 0):
+    def __init__(self, stage: str, total: int, unit: str, done: int = 0):
         self._stage, self._total, self._unit = stage, total, unit
         self._first, self._done, self._start = done, done, time.monotonic()
         self._next_line = self._start + _SECONDS_BETWEEN_LINES
@@ -47,8 +47,6 @@ class Progress:
 
     def _line(self) -> str:
         rate = (self._done - self._first) / max(1e-9, time.monotonic() - self._start)
-        if self._total is None:
-            return f"{self._stage}: {self._done:,} {self._unit}, {rate:,.0f}/s"
         left = (self._total - self._done) / max(1e-9, rate)
         share = f"{self._done:,} of {self._total:,} {self._unit}"
         ranks = f" on each of {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
