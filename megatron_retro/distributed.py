@@ -27,13 +27,16 @@ def local_world_size() -> int:
 
 
 def use_this_ranks_cores() -> int:
-    """Give torch this rank's share of the machine's cores (torchrun sets one); returns the number of threads."""
+    """Give torch this rank's share of the machine's cores; returns the number of threads.
+
+    torchrun sets OMP_NUM_THREADS=1 for several ranks; any other value is the user's and is kept.
+    """
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_threads = max(1, cores // local_world_size())
-    torch.set_num_threads(num_threads)
-    return num_threads
+    if local_world_size() > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_world_size()))
+    return torch.get_num_threads()
 
 
 def init_gloo(timeout_minutes: float) -> None:

@@ -53,6 +53,7 @@ __all__ = [
     "MLP",
     "AttnMaskType",
     "ColumnParallelLinear",
+    "DistributedDataParallel",
     "IndexedDataset",
     "IndexedDatasetBuilder",
     "LanguageModelEmbedding",
@@ -160,11 +161,18 @@ def wrap_for_training(model: LanguageModule) -> DistributedDataParallel:
     return wrapped
 
 
+def wrap_for_inference(model: LanguageModule) -> torch.nn.Module:
+    """Move a model to this rank's device, in its precision."""
+    model = model.to(device())
+    return (Float16Module(model.config, model) if model.config.bf16 else model).eval()
+
+
 def unwrap(model: torch.nn.Module) -> Any:
     """The model under its Float16Module and DistributedDataParallel."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model
+    inner: Any = model
+    while hasattr(inner, "module"):
+        inner = inner.module
+    return inner
 
 
 def build_optimizer(model: DistributedDataParallel, **settings: Any) -> Any:

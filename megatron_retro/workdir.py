@@ -77,7 +77,8 @@ class WorkDir:
         """
         if not self.has(stage):
             raise UserError(
-                f"--retro-work-dir {self.path} has no finished stage {stage!r}; run tools/preprocess_retro_data.py on it"
+                f"--retro-work-dir {self.path}: the stage {stage!r} is not finished; "
+                "run tools/preprocess_retro_data.py on it"
             )
         return self.manifest["stages"][stage]["facts"]
 

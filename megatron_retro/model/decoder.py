@@ -51,7 +51,7 @@ class RetroDecoder(MegatronModule):
         )
         self.rotary = rotary
         self.layers = LayerStack(config)
-        self.encoder = None
+        self.encoder: RetroEncoder | None = None
         for number in layers_of_this_stage(config):
             reads = None
             if number in retro_layers:
@@ -94,6 +94,7 @@ class RetroDecoder(MegatronModule):
             x_SxBxD = layer.attend(x_SxBxD, mask, self_angles)
             if neighbors is not None and layer.cross_attention is not None:
                 if layer.number == self.first_retro_layer:
+                    assert self.encoder is not None and layer.pre_cross_attn_layernorm is not None
                     encoded_RxKBLxD = self.encoder(neighbors, layer.pre_cross_attn_layernorm(x_SxBxD))
                 x_SxBxD = layer.read(x_SxBxD, encoded_RxKBLxD, neighbors, self.angles(self.retrieved_length))
             x_SxBxD = layer.feed_forward(x_SxBxD)

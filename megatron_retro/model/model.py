@@ -47,7 +47,10 @@ class RetroModel(LanguageModule):
         self.pre_process = parallel_state.is_pipeline_first_stage()
         self.post_process = parallel_state.is_pipeline_last_stage()
         self.share_embeddings_and_output_weights = not model.untie_embeddings_and_output_weights
-        self.retrieved_shape = (2 * chunk_length, retro.retro_encoder_hidden_size) if retro else None
+        self.retrieved_shape: tuple[int, int] | None = None  # R, width of the encoder's output
+        if retro:
+            assert retro.retro_encoder_hidden_size
+            self.retrieved_shape = (2 * chunk_length, retro.retro_encoder_hidden_size)
         self.input_tensor: Tensor | None = None
         if self.pre_process:
             assert model.max_position_embeddings

@@ -40,6 +40,7 @@ class RunState:
         config: the run's flags (`flags.to_dict`).
         vocab_size: padded.
         chunk_length: C.
+        tokenizer_digest: of the tokenizer (the work dir's "tokenizer" record).
         data_digest: of tokenizer, corpus and chunks (the work dir's "chunks" record).
     """
 
@@ -48,6 +49,7 @@ class RunState:
     config: dict[str, Any]
     vocab_size: int
     chunk_length: int
+    tokenizer_digest: str
     data_digest: str
 
 

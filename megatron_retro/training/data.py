@@ -7,6 +7,7 @@ from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.training import DataConfig
 from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.data.samples import NeighborSource, Samples
+from megatron_retro.data.tokenizer import Tokenizer
 from megatron_retro.errors import UserError
 from megatron_retro.workdir import STAGES, WorkDir
 
@@ -18,6 +19,7 @@ class TrainingData:
     Attributes:
         neighbors: None where the model does not retrieve.
         vocab_size: the tokenizer's, not padded.
+        tokenizer_digest: of the tokenizer.
         digest: of tokenizer, corpus and chunks.
     """
 
@@ -26,6 +28,8 @@ class TrainingData:
     split_weights: tuple[float, ...]
     vocab_size: int
     pad: int
+    tokenizer_path: pathlib.Path
+    tokenizer_digest: str
     digest: str
 
     @classmethod
@@ -52,6 +56,8 @@ class TrainingData:
             split_weights(work),
             work.facts("tokenizer")["vocab_size"],
             work.facts("tokenizer")["pad"],
+            work.path / work.facts("tokenizer")["file"],
+            work.manifest["stages"]["tokenizer"]["digest"],
             work.manifest["stages"]["chunks"]["digest"],
         )
 
@@ -89,6 +95,9 @@ class TrainingData:
             retrieval_dropout=retro.retro_retrieval_dropout if retro and training else 0.0,
             random_neighbor_prob=retro.retro_random_neighbor_prob if retro and training else 0.0,
         )
+
+    def open_tokenizer(self) -> Tokenizer:
+        return Tokenizer.open(self.tokenizer_path)
 
     def num_chunks(self, split: str) -> int:
         """Chunks in a split, over all corpora."""

@@ -13,6 +13,7 @@ from megatron_retro import distributed, mcore
 from megatron_retro.config import flags
 from megatron_retro.config.training import PretrainConfig
 from megatron_retro.data.samples import Batch, Samples
+from megatron_retro.errors import UserError
 from megatron_retro.model.model import RetroModel, padded_vocab_size
 from megatron_retro.training import checkpoint
 from megatron_retro.training.data import TrainingData, check_split
@@ -84,7 +85,13 @@ def train(config: PretrainConfig) -> None:
 
     def save() -> None:
         state = checkpoint.RunState(
-            iteration, consumed_samples, flags.to_dict(config), vocab_size, chunk_length, data.digest
+            iteration,
+            consumed_samples,
+            flags.to_dict(config),
+            vocab_size,
+            chunk_length,
+            data.tokenizer_digest,
+            data.digest,
         )
         checkpoint.save(str(run.save), model, optimizer, state)
         log.say(f"saved iteration {iteration} to {run.save}")
@@ -110,9 +117,9 @@ def train(config: PretrainConfig) -> None:
     # ---- the loop
     stop = _StopSignal()
     started, first_iteration, since_log = time.monotonic(), iteration, time.monotonic()
-    logged_iteration, saved_iteration, evaluated_iteration = iteration, iteration if run.load else -1, -1
+    logged_iteration = iteration
     while iteration < optimization.train_iters:
-        mcore.reseed(config.data.seed + iteration)
+        mcore.reseed(config.data.seed + iteration)  # so that a resumed run draws what this one would have drawn
         ids = consumed_samples + np.arange(optimization.global_batch_size)
         reports, grad_norm = _step(model, optimizer, train_samples, ids, optimization.micro_batch_size)
         learning_rate = _learning_rate(optimizer)
@@ -125,7 +132,7 @@ def train(config: PretrainConfig) -> None:
         loss, wants_exit = _agree(reports, wants_exit)
         wants_exit |= run.exit_interval is not None and iteration - first_iteration >= run.exit_interval
         last = iteration == optimization.train_iters
-        if iteration % run.log_interval == 0 or last or iteration == first_iteration + 1:
+        if iteration % run.log_interval == 0 or last or wants_exit or iteration == first_iteration + 1:
             seconds = (time.monotonic() - since_log) / (iteration - logged_iteration)
             log.step(
                 iteration,
@@ -141,20 +148,19 @@ def train(config: PretrainConfig) -> None:
             since_log, logged_iteration = time.monotonic(), iteration
         if (run.eval_interval and iteration % run.eval_interval == 0) or last:
             evaluate()
-            evaluated_iteration, since_log = iteration, time.monotonic()
+            since_log = time.monotonic()
         if run.save and ((run.save_interval and iteration % run.save_interval == 0) or last or wants_exit):
             save()
-            saved_iteration, since_log = iteration, time.monotonic()
+            since_log = time.monotonic()
         if wants_exit:
             log.say(f"exiting after iteration {iteration} as asked")
             break
-    del saved_iteration, evaluated_iteration
     log.close()
     mcore.shut_down()
 
 
 def _step(
-    model: torch.nn.Module, optimizer: Any, samples: Samples, ids: np.ndarray, micro_batch_size: int
+    model: mcore.DistributedDataParallel, optimizer: Any, samples: Samples, ids: np.ndarray, micro_batch_size: int
 ) -> tuple[list[dict[str, Any]], float]:
     """One update on the samples `ids` of the global batch; returns (reports on the last stage, gradient norm)."""
     ranks = mcore.parallel_state.get_data_parallel_world_size()
@@ -236,8 +242,6 @@ def _checkpoint(config: PretrainConfig) -> Any:
     assert config.run.load
     found = checkpoint.find(config.run.load)
     if found is None and config.run.load != config.run.save:
-        from megatron_retro.errors import UserError
-
         raise UserError(
             f"--load {config.run.load} holds no checkpoint (no latest_checkpointed_iteration.txt); "
             "leave --load out to start a new run"
