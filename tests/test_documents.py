@@ -128,4 +128,4 @@ def test_blocks_are_cut_by_records_and_by_bytes(tmp_path):
     records = list(Source.find(str(path)).records("text"))
     assert [len(block) for block in blocks(iter(records), max_records=3)] == [3, 3, 1]
     assert [len(block) for block in blocks(iter(records), max_bytes=200)] == [2, 2, 2, 1]
-    assert sum(blocks(iter(records), max_records=3), []) == records
+    assert [record for block in blocks(iter(records), max_records=3) for record in block] == records

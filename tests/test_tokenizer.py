@@ -65,7 +65,7 @@ def test_little_text_gets_fewer_pieces_and_none_is_refused(tmp_path):
     assert 259 < Tokenizer.open(path).vocab_size < 300
     with pytest.raises(UserError, match="no tokenizer of --vocab-size 500"):
         train([], 500)
-    with pytest.raises(UserError, match="--vocab-size 100 .*smaller than required_chars"):
+    with pytest.raises(UserError, match=r"--vocab-size 100 .*smaller than required_chars"):
         train(["abc"], 100)
 
 

