@@ -1,6 +1,6 @@
 """Trains a tiny model a few steps at several layouts in one launch and stores losses and gradients of each.
 
-    torchrun --nproc-per-node N tests/parallel_worker.py OUT.pt LAYOUT…     LAYOUT = TPxPP[xSP]:RETRO_LAYERS
+    torchrun --nproc-per-node N tests/parallel_worker.py OUT.pt LAYOUT…     LAYOUT = TPxPP[xSP][xbf16]:RETRO_LAYERS
 
 Gradients are stored whole (gathered over tensor-parallel ranks), under names that are the same at every layout.
 """
@@ -56,15 +56,21 @@ def make_samples() -> Samples:
 
 def run(layout: str) -> dict:
     sizes, retro_layers = layout.split(":")
-    tensor, stages, *sp = sizes.split("x")
+    tensor, stages, *options = sizes.split("x")
     mcore.initialize(int(tensor), int(stages))
     model_config = ModelConfig(
-        num_layers=4, hidden_size=48, num_attention_heads=4, seq_length=32, group_query_attention=True, num_query_groups=2
+        num_layers=4,
+        hidden_size=48,
+        num_attention_heads=4,
+        seq_length=32,
+        group_query_attention=True,
+        num_query_groups=2,
+        init_method_std=0.1,
     )
     model_config.finish()
     retro = RetroConfig(retro_layers=retro_layers, retro_encoder_hidden_size=24, retro_encoder_num_attention_heads=2)
     retro.finish(model_config)
-    parallel = ParallelConfig(int(tensor), int(stages), sequence_parallel=bool(sp))
+    parallel = ParallelConfig(int(tensor), int(stages), sequence_parallel="SP" in options, bf16="bf16" in options)
     parallel.finish(dist.get_world_size(), model_config, retro)
     model = mcore.wrap_for_training(RetroModel(model_config, retro, parallel, VOCAB, CHUNK, seed=1))
     optimizer = mcore.build_optimizer(model, lr=1e-3, weight_decay=0.1, clip_grad=1.0, adam_eps=1e-5)
