@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from model_helpers import B, C, K, L, R, S, V, in_double, make_model, make_neighbors, make_tokens, naive_logits, randn
 
 from megatron_retro import mcore
+from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.errors import UserError
 from megatron_retro.model.model import RetroModel
 
 CLOSE = dict(rtol=0, atol=1e-11)
@@ -226,12 +228,18 @@ def test_initial_weights_do_not_depend_on_the_random_stream():
 
 
 @pytest.mark.xfail(strict=True, reason="mcore.initial_weights: torch's CPU generator ignores bits above the 32nd")
-def test_initial_weights_depend_on_seed_and_name():
+def test_initial_weights_depend_on_the_seed():
     first, other = dict(make_model().named_parameters()), dict(make_model(seed=2).named_parameters())
     for name, weight in first.items():
         assert torch.equal(weight, other[name]) == (weight.dim() == 1), name  # biases and norms start constant
-    drawn = [weight.flatten()[:7].tolist() for weight in first.values() if weight.dim() == 2]
-    assert len({tuple(values) for values in drawn}) == len(drawn)
+
+
+def test_no_two_initial_weights_are_alike():
+    drawn = [weight.flatten()[:7] for weight in make_model().parameters() if weight.dim() == 2]
+    alike = {
+        tuple((values / values[0]).mul(1000).round().tolist()) for values in drawn
+    }  # whatever their standard deviation
+    assert len(alike) == len(drawn)
 
 
 def test_making_a_model_leaves_the_random_stream_alone():
@@ -240,3 +248,38 @@ def test_making_a_model_leaves_the_random_stream_alone():
     torch.manual_seed(1)
     make_model()
     assert torch.equal(torch.rand(3), expected)
+
+
+# -------------------------------------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (dict(num_query_groups=4), "--group-query-attention"),  # would be ignored without it
+        (dict(kv_channels=0), "--kv-channels is 0"),
+        (dict(ffn_hidden_size=0), "--ffn-hidden-size is 0"),
+    ],
+)
+def test_impossible_decoder_shapes_are_refused(flags, named):
+    with pytest.raises(UserError, match=named):
+        ModelConfig(**flags).finish()
+
+
+@pytest.mark.parametrize(
+    "name", ["retro_encoder_layers", "retro_encoder_ffn_hidden_size", "retro_encoder_num_attention_heads"]
+)
+def test_impossible_encoder_shapes_are_refused(name):
+    model = ModelConfig()
+    model.finish()
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is 0"):
+        RetroConfig(**{name: 0}).finish(model)
+
+
+def test_finishing_a_configuration_again_changes_nothing():
+    model, retro, seen = ModelConfig(swiglu=True), RetroConfig(), set()
+    for _ in range(2):
+        model.finish()
+        retro.finish(model)
+        seen.add((repr(model), repr(retro)))
+    assert len(seen) == 1

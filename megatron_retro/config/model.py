@@ -41,7 +41,8 @@ class RetroConfig:
         if self.retro_encoder_num_attention_heads is None:
             assert model.kv_channels
             self.retro_encoder_num_attention_heads = max(1, self.retro_encoder_hidden_size // model.kv_channels)
-        for name in ("retro_num_neighbors", "retro_encoder_layers", "retro_encoder_hidden_size"):
+        encoder = ("layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+        for name in ("retro_num_neighbors", *(f"retro_encoder_{field}" for field in encoder)):
             _at_least_one(name, getattr(self, name))
         for name in ("retro_retrieval_dropout", "retro_random_neighbor_prob"):
             if not 0 <= getattr(self, name) <= 1:
@@ -105,12 +106,16 @@ class ModelConfig:
         if self.kv_channels is None:
             _divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
             self.kv_channels = self.hidden_size // self.num_attention_heads
+        _at_least_one("kv_channels", self.kv_channels)
         if self.kv_channels % 2:
             raise UserError(f"--kv-channels is {self.kv_channels}; rotary positions need an even width of a head")
         if self.ffn_hidden_size is None:
             glu_width = -(-self.hidden_size * 8 // 3 // 64) * 64
             self.ffn_hidden_size = glu_width if self.swiglu else 4 * self.hidden_size
+        _at_least_one("ffn_hidden_size", self.ffn_hidden_size)
         if not self.group_query_attention:
+            if self.num_query_groups not in (None, self.num_attention_heads):
+                raise UserError(f"--num-query-groups {self.num_query_groups} needs --group-query-attention")
             self.num_query_groups = self.num_attention_heads
         elif self.num_query_groups is None:
             self.num_query_groups = max(1, self.num_attention_heads // 4)
