@@ -152,7 +152,10 @@ def check_given(config: PreprocessConfig, work: WorkDir) -> None:
 
 
 def settle(config: PreprocessConfig, work: WorkDir, task: str) -> None:
-    """Write the settings of `task` into `work.settings` (not yet to disk) where they are not there already."""
+    """Put the settings of `task` into `work.settings` where they are not there already.
+
+    The caller writes the manifest once they have proven good, so that a wrong flag can be given again rightly.
+    """
     given = config.given()
     for name in TASK_SETTINGS[task]:
         work.settings.setdefault(name, given.get(name, DEFAULTS[name]))

@@ -120,6 +120,7 @@ def fastest_dtype(name: str, batch_size: int) -> str:
     import torch
 
     if torch.cuda.is_available():
+        Embedder(name, "bfloat16", batch_size)  # to be refused now if it cannot be loaded
         return "bfloat16"
     text = "A chunk of about sixty-four tokens, as the embedder will see them. " * 4
     seconds = {}

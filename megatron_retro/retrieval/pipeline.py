@@ -46,7 +46,6 @@ def preprocess(config: PreprocessConfig) -> None:
     on_rank_0(work, lambda: work.verify(tuple(work.manifest["stages"])))
     for task in distributed.all_gather(todo)[0]:
         start = time.monotonic()
-        on_rank_0(work, lambda task=task: _settle(config, work, task))  # type: ignore[misc]
         _TASKS[task](work, config)
         on_rank_0(work, lambda task=task, start=start: _record_seconds(work, task, start))  # type: ignore[misc]
         say(f"{task}: done in {duration(time.monotonic() - start)}")
@@ -70,11 +69,6 @@ def _use_cores() -> None:
     import faiss
 
     faiss.omp_set_num_threads(distributed.use_this_ranks_cores())
-
-
-def _settle(config: PreprocessConfig, work: WorkDir, task: str) -> None:
-    settle(config, work, task)
-    work.write()
 
 
 # ------------------------------------------------------------------------------------------------ tokenize
@@ -149,13 +143,20 @@ def _weighted_prefixes(values: tuple[str, ...]) -> list[tuple[float, str]]:
 
 
 def _tokenize(work: WorkDir, config: PreprocessConfig) -> None:
-    on_rank_0(work, lambda: _settle_sources(work, config))
-    on_rank_0(work, lambda: _make_tokenizer(work, config))
+    on_rank_0(work, lambda: _begin(work, config))
     corpora = [
         _use_in_place(work, source) if source["tokens"] else _tokenize_documents(work, source, config)
         for source in work.settings["sources"]
     ]
     on_rank_0(work, lambda: _commit_corpus(work, corpora))
+
+
+def _begin(work: WorkDir, config: PreprocessConfig) -> None:
+    """Settle what the work dir is made from, and its tokenizer; written together, so a refused flag leaves no trace."""
+    settle(config, work, "tokenize")
+    _settle_sources(work, config)
+    if not work.has("tokenizer"):
+        _make_tokenizer(work, config)
 
 
 def _settle_sources(work: WorkDir, config: PreprocessConfig) -> None:
@@ -168,7 +169,6 @@ def _settle_sources(work: WorkDir, config: PreprocessConfig) -> None:
         if config.documents.data_path and config.tokenizer.tokenizer_model is None:
             raise UserError("--data-path needs --tokenizer-model: the tokenizer that made its tokens")
         work.settings["tokenizer"] = _tokenizer_print(config)
-        work.write()
     for source in work.settings["sources"]:
         found = "" if source["tokens"] else Source.find(source["path"]).fingerprint()
         if found != source["fingerprint"]:
@@ -179,22 +179,29 @@ def _settle_sources(work: WorkDir, config: PreprocessConfig) -> None:
 
 
 def _make_tokenizer(work: WorkDir, config: PreprocessConfig) -> None:
-    from megatron_retro.data import tokenizer
+    from megatron_retro.data.tokenizer import Tokenizer
 
-    if work.has("tokenizer"):
-        return
     model = config.tokenizer.tokenizer_model
-    if model is None and work.settings["tokenizer"] != _tokenizer_print(config):
-        raise UserError(
-            f"--tokenizer-model is needed to go on with --retro-work-dir {work.path}: it was begun with one"
-        )
+    if model:
+        _check_tokenizer(work, Tokenizer.open(model))
     content = pathlib.Path(model).read_bytes() if model else _train_tokenizer(work)
     suffix = ".json" if (model or "").endswith(".json") else ".model"
     path = work.path / "tokenizer" / f"tokenizer{suffix}"
     write_atomically(path, lambda file: file.write(content))
-    made = tokenizer.Tokenizer.open(path)
+    made = Tokenizer.open(path)
     facts = {"file": f"tokenizer/{path.name}", "vocab_size": made.vocab_size, "eod": made.eod, "pad": made.pad}
     work.commit("tokenizer", facts, [path])
+
+
+def _check_tokenizer(work: WorkDir, tokenizer: Any) -> None:
+    """Refuse a tokenizer that cannot have made the Megatron corpora."""
+    from megatron_retro.data.chunks import Corpus
+    from megatron_retro.data.tokenize import check_token_ids
+
+    for source in work.settings["sources"]:
+        if source["tokens"]:
+            tokens = Corpus.open(source["name"], source["path"]).tokens
+            check_token_ids(source["name"], tokens, tokenizer.vocab_size)
 
 
 def _train_tokenizer(work: WorkDir) -> bytes:
@@ -206,7 +213,9 @@ def _train_tokenizer(work: WorkDir) -> bytes:
 
     def records() -> Any:
         sources = [Source.find(source["path"]) for source in settings["sources"]]
-        with Progress("sample for the tokenizer", sum(source.num_bytes for source in sources), "bytes of input") as progress:
+        with Progress(
+            "sample for the tokenizer", sum(source.num_bytes for source in sources), "bytes of input"
+        ) as progress:
             for source in sources:
                 yield from source.records(settings["json_key"], progress.advance)
 
@@ -224,11 +233,9 @@ def _open_tokenizer(work: WorkDir) -> Any:
 def _use_in_place(work: WorkDir, source: dict[str, Any]) -> dict[str, Any]:
     """The corpus entry of a Megatron prefix."""
     from megatron_retro.data.chunks import Corpus
-    from megatron_retro.data.tokenize import check_token_ids
 
     def look() -> dict[str, Any]:
         corpus = Corpus.open(source["name"], source["path"])
-        check_token_ids(source["name"], corpus.tokens, work.facts("tokenizer")["vocab_size"])
         counts = {"documents": len(corpus.length), "tokens": int(corpus.length.sum()), "skipped": {}}
         return {"name": source["name"], "prefix": source["path"], "weight": source["weight"], **counts}
 
@@ -285,14 +292,15 @@ def _commit_corpus(work: WorkDir, corpora: list[dict[str, Any]]) -> None:
 
 
 def _build_chunks(work: WorkDir, config: PreprocessConfig) -> None:
-    on_rank_0(work, lambda: _commit_chunks(work))
+    on_rank_0(work, lambda: _commit_chunks(work, config))
 
 
-def _commit_chunks(work: WorkDir) -> None:
+def _commit_chunks(work: WorkDir, config: PreprocessConfig) -> None:
     from megatron_retro.data.chunks import ChunkTable, Corpus
     from megatron_retro.retrieval.index import database_chunks
     from megatron_retro.workdir import save_npy
 
+    settle(config, work, "db-build")
     length, weights = work.settings["retro_chunk_length"], split_weights(work.settings["split"])
     entries = work.facts("corpus")["corpora"]
     opened = [Corpus.open(entry["name"], str(work.path / entry["prefix"]), entry["weight"]) for entry in entries]
@@ -322,7 +330,7 @@ def _embed(work: WorkDir, config: PreprocessConfig) -> None:
 
     batch_size = config.retrieval.retro_embedder_batch_size
     num_chunks = work.facts("chunks")["chunks"]
-    on_rank_0(work, lambda: _settle_embedder(work, batch_size))
+    on_rank_0(work, lambda: _settle_embedder(work, config))
     settings = work.settings
     block_size = settings["retro_block_size"] or auto_block_size(num_chunks)
     blocks = plan(work, block_size)
@@ -351,10 +359,11 @@ def _embed(work: WorkDir, config: PreprocessConfig) -> None:
     on_rank_0(work, lambda: work.commit("embeddings", facts, files))
 
 
-def _settle_embedder(work: WorkDir, batch_size: int) -> None:
+def _settle_embedder(work: WorkDir, config: PreprocessConfig) -> None:
     """Fix the embedder's number type, and remember its weights, so that every block is made alike."""
     from megatron_retro.retrieval.embedding import fastest_dtype, weights_print
 
+    settle(config, work, "embed")
     name, settings = work.settings["retro_embedder"], work.settings
     found = weights_print(name)
     if settings.setdefault("embedder_weights", found) != found:
@@ -363,7 +372,7 @@ def _settle_embedder(work: WorkDir, batch_size: int) -> None:
             f"{settings['embedder_weights']}; restore the checkpoint, or build a new work dir"
         )
     if "embedder_dtype" not in settings:
-        settings["embedder_dtype"] = fastest_dtype(name, batch_size)
+        settings["embedder_dtype"] = fastest_dtype(name, config.retrieval.retro_embedder_batch_size)
     say(f"embed: {name} in {settings['embedder_dtype']}")
     work.write()
 
@@ -406,12 +415,13 @@ def _database(work: WorkDir) -> tuple[Any, Any, Any]:
 
 
 def _train_index(work: WorkDir, config: PreprocessConfig) -> None:
-    on_rank_0(work, lambda: _write_trained(work))
+    on_rank_0(work, lambda: _write_trained(work, config))
 
 
-def _write_trained(work: WorkDir) -> None:
+def _write_trained(work: WorkDir, config: PreprocessConfig) -> None:
     from megatron_retro.retrieval.index import choose_factory, train_index, write_index
 
+    settle(config, work, "index-train")
     _, embeddings, database = _database(work)
     width = work.facts("embeddings")["width"]
     factory = choose_factory(work.settings["retro_index_str"], len(database), width)
@@ -473,6 +483,7 @@ def _query(work: WorkDir, config: PreprocessConfig) -> None:
     from megatron_retro.retrieval.blocks import is_complete
     from megatron_retro.workdir import save_npy
 
+    on_rank_0(work, lambda: _settle_query(work, config))
     k = work.settings["retro_query_num_neighbors_save"]
     table, embeddings, database = distributed.together(lambda: _database(work))
     search, nprobe = distributed.together(lambda: _open_search(work, embeddings, database))
@@ -491,6 +502,12 @@ def _query(work: WorkDir, config: PreprocessConfig) -> None:
     _make_blocks("query-neighbors", [len(block) for block in blocks], is_made, make)
     files = [block.path(work, "neighbors", end) for block in blocks for end in (".ids.npy", ".distances.npy")]
     on_rank_0(work, lambda: work.commit("neighbors", {"num_neighbors": k, "nprobe": nprobe}, files))
+
+
+def _settle_query(work: WorkDir, config: PreprocessConfig) -> None:
+    work.facts("index")
+    settle(config, work, "query-neighbors")
+    work.write()
 
 
 def _query_block(

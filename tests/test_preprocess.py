@@ -1,0 +1,294 @@
+"""The whole pipeline: any number of ranks, interrupted and continued, refused with both values, from every input."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import SMALL, build, stdlib_texts, write_jsonl
+
+from megatron_retro.data.chunks import ChunkTable
+from megatron_retro.data.tokenize import merge_parts, token_dtype
+from megatron_retro.errors import UserError
+from megatron_retro.retrieval import embedding, pipeline
+from megatron_retro.retrieval.neighbors import NeighborTable
+from megatron_retro.workdir import WorkDir
+
+TOOL = pathlib.Path(__file__).parent.parent / "tools" / "preprocess_retro_data.py"
+TOKENS_ONLY = ("--retro-tasks", "tokenize,db-build")
+
+
+def arrays(work, *kinds):
+    """Content of every file of some kinds, by relative path."""
+    files = [file for kind in kinds for file in sorted((work / kind).rglob("*")) if file.is_file()]
+    return {str(file.relative_to(work)): file.read_bytes() for file in files}
+
+
+def copy_without(small_work, path, *stages):
+    """A copy of the small work dir in which the last stages are not recorded as finished."""
+    work = WorkDir(shutil.copytree(small_work, path))
+    for stage in stages:
+        del work.manifest["stages"][stage]
+    work.write()
+    return work
+
+
+def run_tool(*arguments, launcher=(sys.executable,)):
+    command = [*launcher, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+# ------------------------------------------------------------------------------------------------ ranks
+
+
+def test_three_ranks_build_what_one_builds(small_work, small_input, tmp_path):
+    """Index shards differ in number by design; everything else is the same, byte for byte."""
+    begun = WorkDir(tmp_path / "work")
+    begun.settings["embedder_dtype"] = WorkDir(small_work).settings["embedder_dtype"]  # measured: may differ by load
+    begun.write()
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3")
+    done = run_tool("--input", small_input, "--retro-work-dir", begun.path, *SMALL, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    kinds = ("tokenizer", "corpus", "chunks", "embeddings", "neighbors")
+    ours, theirs = arrays(begun.path, *kinds), arrays(small_work, *kinds)
+    assert list(ours) == list(theirs) and len(ours) > 15
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+    assert len(list((begun.path / "index").glob("shard-*.faiss"))) == 3
+    WorkDir(begun.path).verify()
+    assert "recall vs exact      @2 1.0000, @10 1.0000" in done.stderr
+
+
+def test_ranks_share_out_the_blocks_of_documents(tmp_path, monkeypatch):
+    """Ranks one after the other in this process: together they write the parts that one alone writes."""
+    file = write_jsonl(tmp_path / "many.jsonl", [f"document {number} of many" for number in range(2300)])
+    build(tmp_path / "one", "--input", str(file), *TOKENS_ONLY, "--vocab-size", "400")
+    work, source = WorkDir(tmp_path / "one"), WorkDir(tmp_path / "one").settings["sources"][0]
+    tokenizer, written = pipeline._open_tokenizer(work), []
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        parts = pipeline._write_parts(work, source, tokenizer, strict=False)
+        written.append([part.with_suffix(".json").exists() for part in parts])
+    assert written == [[True, False, False], [True, True, False], [True, True, True]]
+    counts = merge_parts(parts, tmp_path / "three", token_dtype(tokenizer.vocab_size))
+    assert counts["documents"] == 2300
+    for ending in (".bin", ".idx"):
+        assert (tmp_path / f"three{ending}").read_bytes() == (work.path / "corpus" / f"many{ending}").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------ interruptions
+
+
+def test_a_finished_build_is_skipped_without_loading_libraries(small_work):
+    before = arrays(small_work, ".")
+    program = f"""
+import sys
+sys.path.insert(0, {str(TOOL.parent)!r})
+sys.argv[1:] = ["--retro-work-dir", {str(small_work)!r}]
+import preprocess_retro_data
+preprocess_retro_data.main()
+print(sorted({{"torch", "faiss", "megatron", "sentencepiece", "transformers"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+    assert "nothing to do" in done.stderr
+    assert arrays(small_work, ".") == before
+
+
+def test_an_interrupted_build_goes_on_and_ends_alike(small_work, tmp_path, monkeypatch, capsys):
+    work = copy_without(small_work, tmp_path / "work", "embeddings", "index", "neighbors")
+    shutil.rmtree(work.path / "index")
+    files = {file.name: file for file in (work.path / "embeddings" / "my_text_data").iterdir()}
+    for name in ("100-200.npy", "200-300.npy"):
+        files[name].unlink()
+    files["0-100.npy"].write_bytes(files["0-100.npy"].read_bytes()[:5000])  # a damaged disk
+    kept = files["300-400.npy"].stat().st_mtime_ns
+    for file in (work.path / "neighbors" / "my_text_data").glob("1*"):
+        file.unlink()
+
+    made, embed = [], embedding.Embedder.embed
+
+    def fail_at_the_third(self, texts, advance=lambda num_texts: None):
+        made.append(len(texts))
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return embed(self, texts, advance)
+
+    monkeypatch.setattr(embedding.Embedder, "embed", fail_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        build(work.path)
+    build(work.path)
+    assert made == [100, 100, 100, 100]  # two, the one that failed, and that one again
+    assert files["300-400.npy"].stat().st_mtime_ns == kept
+    files["0-100.npy"].with_name("0-100.npy.damaged").unlink()
+    assert "0-100.npy is damaged" in capsys.readouterr().err
+    kinds = ("corpus", "chunks", "embeddings", "index", "neighbors")
+    assert arrays(work.path, *kinds) == arrays(small_work, *kinds)
+
+
+def test_an_interrupted_index_keeps_its_number_of_shards(small_work, tmp_path):
+    work = copy_without(small_work, tmp_path / "work", "index", "neighbors")
+    work.settings["index_shards"] = 2  # as two ranks would have planned
+    work.write()
+    (work.path / "index" / "shard-0.faiss").unlink()
+    build(work.path)
+    assert WorkDir(work.path).facts("index")["shards"] == 2
+    assert arrays(work.path, "neighbors") == arrays(small_work, "neighbors")
+
+
+def test_tasks_can_be_run_one_by_one(small_input, small_work, tmp_path):
+    work = copy_without(small_work, tmp_path / "work", "index", "neighbors")
+    shutil.rmtree(work.path / "index")
+    for name in ("retro_index_str", "index_factory", "index_shards", "retro_index_nprobe"):
+        del work.settings[name]
+    work.write()
+    with pytest.raises(UserError, match=r"index-train comes first"):
+        build(work.path, "--retro-tasks", "index-add")
+    with pytest.raises(UserError, match="'index'"):
+        build(work.path, "--retro-tasks", "query-neighbors")
+    with pytest.raises(UserError, match="--retro-index-str Nonsense: FAISS cannot make it"):
+        build(work.path, "--retro-tasks", "index-train", "--retro-index-str", "Nonsense")
+    build(work.path, "--retro-tasks", "index-train", "--retro-index-str", "IVF8,Flat")  # the refused one left no trace
+    build(work.path, "--retro-tasks", "index-add")
+    shutil.rmtree(work.path / "neighbors")
+    build(work.path, "--retro-tasks", "query-neighbors", "--retro-index-nprobe", "8")
+    assert arrays(work.path, "neighbors") == arrays(small_work, "neighbors")
+    report = json.loads((work.path / "report" / "summary.json").read_text())
+    assert report["recall"] == {"2": 1.0, "10": 1.0} and report["share_with_fewer_neighbors"] == 0
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--retro-chunk-length", "32"), "--retro-chunk-length is 32, .* was made with 64"),
+        (("--split", "90,5,5"), "--split is 90,5,5, .* was made with 80,10,10"),
+        (("--vocab-size", "2000"), "--vocab-size is 2000, .* was made with 1000"),
+        (("--retro-embedder", "other"), "--retro-embedder is other, .* was made with all-MiniLM-L6-v2"),
+        (("--retro-query-num-neighbors-save", "3"), "save is 3, .* was made with 10"),
+        (("--data-path", "/data/other"), r"is /data/other .* was made from .*my_text_data.jsonl"),
+    ],
+)
+def test_another_value_than_the_work_dirs_is_refused(small_work, arguments, message):
+    with pytest.raises(UserError, match=message):
+        build(small_work, *arguments)
+
+
+def test_another_input_or_tokenizer_is_refused(small_work, small_input, tmp_path):
+    build(small_work, "--input", str(small_input), *SMALL)
+    changed = write_jsonl(tmp_path / "my_text_data.jsonl", stdlib_texts(3))
+    with pytest.raises(UserError, match=rf"is {changed} \(1 files:\w+.* was made from {small_input} \(1 files:\w+"):
+        build(small_work, "--input", str(changed))
+    with pytest.raises(UserError, match=r"--tokenizer-model .* was made with trained on the documents"):
+        build(small_work, "--tokenizer-model", str(small_work / "tokenizer" / "tokenizer.model"))
+
+
+def test_an_exchanged_stage_stops_the_ones_after_it(small_work, tmp_path):
+    work = copy_without(small_work, tmp_path / "work", "neighbors")
+    file = work.path / "embeddings" / "my_text_data" / "0-100.npy"
+    np.save(file, np.load(file)[::-1])
+    with pytest.raises(UserError, match=r"embeddings file .*0-100.npy was \S+ .* is now \S+"):
+        build(work.path)
+
+
+def test_an_index_of_another_width_is_refused(small_work, tmp_path):
+    import faiss
+
+    work = copy_without(small_work, tmp_path / "work", "index", "neighbors")
+    faiss.write_index(faiss.IndexFlatL2(8), str(work.path / "index" / "trained.faiss"))
+    with pytest.raises(UserError, match=r"width 8, .* width 384"):
+        build(work.path, "--retro-tasks", "index-add")
+
+
+def test_user_errors_are_one_line_and_exit_code_2(tmp_path):
+    done = run_tool("--retro-work-dir", tmp_path / "work")
+    assert done.returncode == 2
+    assert done.stderr.startswith("preprocess_retro_data.py: error: --input or --data-path is needed")
+    assert len(done.stderr.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------ inputs
+
+
+def test_bad_records_are_counted_or_refused(tmp_path):
+    file = tmp_path / "mixed.jsonl"
+    good = "".join(json.dumps({"text": text}) + "\n" for text in stdlib_texts(4))
+    file.write_bytes(good.encode() + b'{"text": "\xff"}\n{"text": \n{"text": ""}\n{"text": "\xfe"}\n')
+    build(tmp_path / "work", "--input", str(file), *TOKENS_ONLY, "--vocab-size", "500")
+    (corpus,) = WorkDir(tmp_path / "work").facts("corpus")["corpora"]
+    assert corpus["documents"] == 4
+    assert corpus["skipped"] == {"broken JSON": 1, "empty text": 1, "invalid UTF-8": 2}
+    with pytest.raises(UserError, match=rf"--strict: {file}:5: invalid UTF-8"):
+        build(tmp_path / "strict", "--input", str(file), *TOKENS_ONLY, "--vocab-size", "500", "--strict")
+    assert not WorkDir(tmp_path / "strict").has("corpus")
+
+
+def test_several_corpora_and_megatron_data_used_in_place(small_work, tmp_path):
+    """A dataset with two sequences a document is one run of tokens a document, and is not copied."""
+    from test_chunks import write_dataset
+
+    generator = np.random.default_rng(0)
+    documents = [[generator.integers(3, 900, size) for size in (70, 50)] for _ in range(4)]
+    prefix = write_dataset(tmp_path / "given", documents)
+    texts = write_jsonl(tmp_path / "mine.jsonl", stdlib_texts(2))
+    model = str(small_work / "tokenizer" / "tokenizer.model")
+    arguments = ("--input", str(texts), "--data-path", "0.5", prefix, "--tokenizer-model", model, *TOKENS_ONLY)
+    build(tmp_path / "work", *arguments)
+    work = WorkDir(tmp_path / "work")
+    mine, given = work.facts("corpus")["corpora"]
+    assert (mine["name"], mine["prefix"], given["name"], given["prefix"]) == ("mine", "corpus/mine", "given", prefix)
+    assert (given["documents"], given["tokens"], given["weight"]) == (4, 480, 0.5)
+    assert not list((work.path / "corpus").glob("given*"))
+    table = ChunkTable.open(work)
+    first = int(table.corpus_chunks[1])
+    rows, lengths = table.tokens(np.array([first, first + 1]), 64, 0)
+    whole = np.concatenate(documents[0])
+    assert lengths.tolist() == [64, 56] and rows[0].tolist() == whole[:64].tolist()
+    assert rows[1, :56].tolist() == whole[64:].tolist()
+    with open(f"{prefix}.bin", "r+b") as file:
+        file.write(b"\1\0\1\0")
+    with pytest.raises(UserError, match=rf"corpus file {prefix}.bin was "):
+        work.verify(("corpus",))
+
+
+def test_megatron_data_needs_its_own_tokenizer(small_work, tmp_path):
+    from test_chunks import write_dataset
+
+    prefix = write_dataset(tmp_path / "given", [[np.array([5, 4000])]])
+    model = str(small_work / "tokenizer" / "tokenizer.model")
+    with pytest.raises(UserError, match="--data-path needs --tokenizer-model"):
+        build(tmp_path / "a", "--data-path", prefix)
+    with pytest.raises(UserError, match="token id 4000, --tokenizer-model has 1000 ids"):
+        build(tmp_path / "b", "--data-path", prefix, "--tokenizer-model", model)
+    build(tmp_path / "b", "--input", str(write_jsonl(tmp_path / "x.jsonl", ["x"])), *TOKENS_ONLY, "--vocab-size", "270")
+    with pytest.raises(UserError, match=r"no file .*none\.bin"):
+        build(tmp_path / "c", "--data-path", str(tmp_path / "none"), "--tokenizer-model", model)
+    for values in (("1", prefix, "2"), ("0", prefix)):
+        with pytest.raises(UserError, match="every prefix needs a weight above 0"):
+            build(tmp_path / "d", "--data-path", *values, "--tokenizer-model", model)
+
+
+def test_one_document_alone_has_no_neighbors(tmp_path):
+    file = write_jsonl(tmp_path / "one.jsonl", [stdlib_texts(1)[0][:700]])
+    build(tmp_path / "work", "--input", str(file), "--vocab-size", "400", "--split", "1,0,0")
+    table = NeighborTable(WorkDir(tmp_path / "work"))
+    num_chunks = WorkDir(tmp_path / "work").facts("chunks")["chunks"]
+    assert num_chunks > 2 and (table.ids(np.arange(num_chunks)) == -1).all()
+    assert np.isinf(table.distances(np.arange(num_chunks))).all()
+    report = json.loads((tmp_path / "work" / "report" / "summary.json").read_text())
+    assert report["share_with_fewer_neighbors"] == 1
+
+
+def test_a_corpus_without_text_or_without_train_documents_is_refused(tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", ["", ""])
+    with pytest.raises(UserError, match="no tokenizer of --vocab-size"):
+        build(tmp_path / "empty", "--input", str(file))
+    write_jsonl(file, ["a few words in one document"])
+    with pytest.raises(UserError, match=r"--split 0\.001,1\.0,0\.0 leaves no document of 1 for train"):
+        build(tmp_path / "split", "--input", str(file), "--vocab-size", "400", "--split", "0.001,1,0")
