@@ -54,6 +54,23 @@ def test_logits_equal_loops(variant):
         torch.testing.assert_close(logits[b], naive_logits(model, tokens_BxS[b], found[0][b], found[1][b]), **CLOSE)
 
 
+def test_flags_reach_the_weights():
+    shapes = {}
+    for variant in ("gpt", "llama", "learned"):
+        weights = make_model(**VARIANTS[variant]).named_parameters()
+        shapes[variant] = {name: tuple(weight.shape) for name, weight in weights}
+    gpt, llama = shapes["gpt"], shapes["llama"]
+    layer = "decoder.layers.1."
+    assert set(shapes["learned"]) - set(gpt) == {"embedding.position_embeddings.weight"}
+    assert set(llama) - set(gpt) == {"output_layer.weight"}
+    assert set(gpt) - set(llama) == {name for name in gpt if name.endswith(".bias")}
+    assert gpt[layer + "mlp.linear_fc1.weight"] == (46, 26) and llama[layer + "mlp.linear_fc1.weight"] == (2 * 46, 26)
+    for part, width in (("self_attention.linear_qkv", 26), ("cross_attention.linear_kv", 22)):
+        queries = 4 if "qkv" in part else 0
+        assert gpt[f"{layer}{part}.weight"] == ((queries + 2 * 4) * 6, width)
+        assert llama[f"{layer}{part}.weight"] == ((queries + 2 * 2) * 6, width)
+
+
 def test_loss_is_cross_entropy_of_the_logits():
     model, tokens, found = make_model(), make_tokens(), make_neighbors()
     labels = make_tokens(seed=4)
