@@ -27,10 +27,10 @@ class Corpus:
     tokens: np.ndarray  # [num_tokens] memory-mapped, as stored
     start: np.ndarray  # [num_documents] int64: position of each document's first token in `tokens`
     length: np.ndarray  # [num_documents] int64: its number of tokens
-    weight: float
+    weight: float  # of the corpus in training's mixture; 0: by its size
 
     @classmethod
-    def open(cls, name: str, prefix: str, weight: float = 1.0) -> "Corpus":
+    def open(cls, name: str, prefix: str, weight: float = 0.0) -> "Corpus":
         """Open Megatron's `<prefix>.bin` and `<prefix>.idx`.
 
         Raises:

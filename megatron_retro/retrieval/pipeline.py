@@ -77,6 +77,8 @@ def _use_cores() -> None:
 def _check_sources(config: PreprocessConfig, work: WorkDir) -> None:
     """Refuse an `--input`, `--data-path` or `--tokenizer-model` that is not what the work dir was made from."""
     documents, settings = config.documents, work.settings
+    if not (documents.input or documents.data_path or "sources" in settings):
+        raise UserError("--input or --data-path is needed to begin a work dir: the documents to learn from")
     if (documents.input or documents.data_path) and "sources" in settings:
         given, recorded = _describe(config), settings["sources"]
         if given != recorded:
@@ -113,7 +115,7 @@ def _describe(config: PreprocessConfig) -> list[dict[str, Any]]:
     from megatron_retro.data.documents import find_sources
 
     described = [
-        {"name": source.name, "path": source.path, "fingerprint": source.fingerprint(), "weight": 1.0, "tokens": False}
+        {"name": source.name, "path": source.path, "fingerprint": source.fingerprint(), "weight": 0.0, "tokens": False}
         for source in find_sources(config.documents.input)
     ]
     for weight, prefix in _weighted_prefixes(config.documents.data_path):
@@ -128,13 +130,13 @@ def _describe(config: PreprocessConfig) -> list[dict[str, Any]]:
 
 
 def _weighted_prefixes(values: tuple[str, ...]) -> list[tuple[float, str]]:
-    """Megatron's two forms: `PREFIX …` or `WEIGHT PREFIX WEIGHT PREFIX …`."""
+    """Megatron's two forms: `PREFIX …` (weight 0: by size) or `WEIGHT PREFIX WEIGHT PREFIX …`."""
     try:
         weights = [float(value) for value in values[::2]] if len(values) > 1 else []
     except ValueError:
         weights = []
     if not weights:
-        return [(1.0, str(pathlib.Path(prefix).absolute())) for prefix in values]
+        return [(0.0, str(pathlib.Path(prefix).absolute())) for prefix in values]
     if len(values) % 2 or min(weights) <= 0:
         raise UserError(f"--data-path {' '.join(values)}: every prefix needs a weight above 0 before it, or none does")
     return [
@@ -163,8 +165,6 @@ def _settle_sources(work: WorkDir, config: PreprocessConfig) -> None:
     from megatron_retro.data.documents import Source
 
     if "sources" not in work.settings:
-        if not (config.documents.input or config.documents.data_path):
-            raise UserError("--input or --data-path is needed to begin a work dir: the documents to learn from")
         work.settings["sources"] = _describe(config)
         if config.documents.data_path and config.tokenizer.tokenizer_model is None:
             raise UserError("--data-path needs --tokenizer-model: the tokenizer that made its tokens")
