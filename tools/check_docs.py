@@ -99,8 +99,9 @@ def _check_arguments(program: str, arguments: list[str], world_size: int | None)
         return []
     try:
         config = flags.parse(config_class, _absolute_config(arguments))
-        if world_size and "world_size" in inspect.signature(getattr(config, "finish", str)).parameters:
-            config.finish(world_size)
+        finish = getattr(config, "finish", None)
+        if finish and world_size and "world_size" in inspect.signature(finish).parameters:
+            finish(world_size)
     except UserError as error:
         return [f"{program}: {error}"]
     return []
