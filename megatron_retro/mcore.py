@@ -130,7 +130,7 @@ def initial_weights(seed: int, name: str) -> Iterator[None]:
     Initial weights then depend on (seed, name) alone, not on which rank or stage makes what before them.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+        torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # torch's generator takes 32 bits
         yield
 
 

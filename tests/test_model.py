@@ -244,7 +244,6 @@ def test_initial_weights_do_not_depend_on_the_random_stream():
     assert all(torch.equal(weight, again[name]) for name, weight in first.items())
 
 
-@pytest.mark.xfail(strict=True, reason="mcore.initial_weights: torch's CPU generator ignores bits above the 32nd")
 def test_initial_weights_depend_on_the_seed():
     first, other = dict(make_model().named_parameters()), dict(make_model(seed=2).named_parameters())
     for name, weight in first.items():

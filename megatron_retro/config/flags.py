@@ -117,8 +117,7 @@ def _add_flag(group: Any, field: dataclasses.Field) -> None:
     shown = meta["show"] or ("" if field.default in (None, False, ()) else field.default)
     text = (meta["help"] + (f" (default: {shown})" if shown != "" else "")).replace("%", "%%")
     if value_type is bool:
-        action = argparse.BooleanOptionalAction if field.default else "store_true"
-        group.add_argument(flag_name(field.name), action=action, help=text)
+        group.add_argument(flag_name(field.name), action=argparse.BooleanOptionalAction, help=text)
         return
     metavar = None if meta["choices"] else {int: "N", float: "X"}.get(value_type, "NAME")
     nargs = "+" if meta["many"] else None

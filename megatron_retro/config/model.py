@@ -164,6 +164,14 @@ class ParallelConfig:
             for name in ("retro_encoder_num_attention_heads", "retro_encoder_ffn_hidden_size"):
                 _divides("tensor_model_parallel_size", tensor, name, getattr(retro, name))
 
+    def check_retrieved_length(self, retrieved_length: int) -> None:
+        """Check that sequence parallelism can shard the encoder's `retrieved_length` tokens (2C, from the work dir)."""
+        if self.sequence_parallel and retrieved_length % self.tensor_model_parallel_size:
+            raise UserError(
+                f"--tensor-model-parallel-size {self.tensor_model_parallel_size} with --sequence-parallel does not "
+                f"divide the {retrieved_length} tokens of a neighbor (twice the work dir's --retro-chunk-length)"
+            )
+
 
 def default_retro_layers(num_layers: int) -> tuple[int, ...]:
     """Every third layer from 6, or from 9 above 15 layers (as Megatron-LM did); below 6 layers from the middle."""

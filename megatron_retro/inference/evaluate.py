@@ -34,6 +34,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     work_dir = flags.retro_work_dir
     data = distributed.together(lambda: TrainingData.open(work_dir, retrieve=trained.retro is not None))
     check_same_tokenizer(trained, data.tokenizer_digest, data.table.chunk_length, work_dir)
+    if trained.retro:
+        parallel.check_retrieved_length(2 * data.table.chunk_length)
     samples = data.samples(
         flags.split,
         DataConfig(),

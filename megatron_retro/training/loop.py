@@ -41,6 +41,8 @@ def train(config: PretrainConfig) -> None:
     work_dir = config.retro.retro_work_dir
     data = distributed.together(lambda: TrainingData.open(work_dir, retrieve=config.active_retro is not None))
     check_split(config.data.split, data.split_weights)
+    if config.active_retro:
+        parallel.check_retrieved_length(2 * data.table.chunk_length)
     config.finish_with_data(_samples(config, data, "train", None).epoch_size)
     optimization = config.optimization
     assert optimization.train_iters is not None and optimization.global_batch_size and optimization.lr
