@@ -91,6 +91,18 @@ def test_missing_and_cut_off_corpora_are_refused(tmp_path):
         Corpus.open("a", prefix)
     with pytest.raises(UserError, match=r"no file .*none\.bin"):
         Corpus.open("none", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"empty\.bin is empty"):
+        Corpus.open("empty", write_dataset(tmp_path / "empty", []))
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # megatron-core's __del__ after a failure
+def test_an_idx_of_another_kind_is_refused(tmp_path):
+    for ending in (".bin", ".idx"):
+        (tmp_path / f"a{ending}").write_bytes(b"something else entirely")
+    with pytest.raises(UserError, match=r"a\.idx is not Megatron's"):
+        Corpus.open("a", str(tmp_path / "a"))
 
 
 def test_ranges():

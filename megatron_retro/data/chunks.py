@@ -41,7 +41,13 @@ class Corpus:
                 raise UserError(f"corpus {name!r}: no file {prefix}{suffix}; --data-path takes the path without suffix")
         from megatron_retro.mcore import IndexedDataset
 
-        index = IndexedDataset(prefix).index
+        if not pathlib.Path(prefix + ".bin").stat().st_size:
+            raise UserError(f"corpus {name!r}: {prefix}.bin is empty; give a corpus with tokens")
+        try:
+            index = IndexedDataset(prefix).index
+        except Exception as error:  # asserts and more, by what is broken
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"corpus {name!r}: {prefix}.idx is not Megatron's ({reason}); write it again") from None
         dtype = np.dtype(index.dtype)
         lengths = index.sequence_lengths.astype(np.int64)
         pointers = np.append(index.sequence_pointers.astype(np.int64) // dtype.itemsize, 0)

@@ -111,9 +111,9 @@ class ExactSearch:
         for begin in range(0, len(self._database), _TILE):
             tile = self._database[begin : begin + _TILE]
             vectors = torch.from_numpy(self._embeddings.rows(tile)).to(self._device, torch.float32)
-            squared = vectors.square().sum(1)
-            scores = torch.full((len(queries), -(-len(tile) // _GROUP) * _GROUP), -torch.inf, device=self._device)
-            scores[:, : len(tile)] = torch.addmm(-0.5 * squared, rows, vectors.T)
+            squared, padding = vectors.square().sum(1), -len(tile) % _GROUP
+            bias = torch.nn.functional.pad(-0.5 * squared, (0, padding), value=-torch.inf)
+            scores = torch.addmm(bias, rows, torch.nn.functional.pad(vectors, (0, 0, 0, padding)).T)
             _hide_own(scores, tile, own)
             yield scores, tile, float(squared.max()) ** 0.5
 
