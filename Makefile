@@ -44,6 +44,7 @@ clean:
 
 $(READY): requirements.txt requirements-no-deps.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python 3.10 or newer is needed; PYTHON=... names one")'
+	@echo "Installing the pinned requirements into $(VENV): some minutes, some gigabytes where torch brings CUDA"
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-no-deps.txt
