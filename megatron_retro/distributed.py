@@ -26,13 +26,15 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def use_this_ranks_cores() -> int:
-    """Give torch this rank's share of the machine's cores; returns the number of threads.
+def use_this_ranks_share() -> int:
+    """Give torch this rank's GPU and its share of the machine's cores; returns the number of threads.
 
     torchrun sets OMP_NUM_THREADS=1 for several ranks; any other value is the user's and is kept.
     """
     import torch
 
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if local_world_size() > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_world_size()))

@@ -90,11 +90,12 @@ def device() -> torch.device:
 
 
 def initialize(tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1, *, timeout_minutes: float = 10) -> None:
-    """Join the ranks (nccl with CUDA, gloo without; one plain process is a world of one) and form the groups."""
+    """Join the ranks (nccl with CUDA, gloo without; one plain process is a world of one) and form the groups.
+
+    Each rank has chosen its GPU before (`distributed.use_this_ranks_share`).
+    """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # sequence parallelism overlaps better so
-    if has_gpu():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    else:
+    if not has_gpu():
         redirect_to_cpu()
     if not dist.is_initialized():
         backend, timeout = ("nccl" if has_gpu() else "gloo"), datetime.timedelta(minutes=timeout_minutes)

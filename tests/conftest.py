@@ -6,6 +6,8 @@ import pathlib
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the shapes are too small to share out
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait let other processes compute
 
 from megatron_retro.config.flags import parse

@@ -1,5 +1,6 @@
 """Parallel training equals training with one process: every loss and every gradient, over several updates."""
 
+import json
 import pathlib
 
 import pytest
@@ -33,6 +34,14 @@ def test_losses_and_gradients_equal_one_process(
         bf16 = "bf16" in layout
         expected = serial["1x1" + ("xbf16" if bf16 else "") + ":" + layout.split(":")[1]]
         assert_equal(result, expected, layout, tolerance=2e-2 if bf16 else 1e-5)
+
+
+def test_losses_are_the_golden_ones(serial: dict) -> None:
+    """A refactor leaves the losses alone. After a change that is meant to move them, write the new ones down."""
+    golden = json.loads(WORKER.with_name("golden_losses.json").read_text())
+    assert set(golden) == set(serial)
+    for layout, losses in golden.items():
+        assert serial[layout]["loss"] == pytest.approx(losses, rel=1e-3 if "bf16" in layout else 1e-5), layout
 
 
 def assert_equal(result: dict, expected: dict, layout: str, tolerance: float) -> None:

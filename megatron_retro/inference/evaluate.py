@@ -24,7 +24,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     config.finish()
     flags, parallel = config.evaluation, config.parallel
     assert flags.load and flags.retro_work_dir
-    distributed.use_this_ranks_cores()
+    distributed.use_this_ranks_share()
     mcore.initialize(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,

@@ -101,7 +101,7 @@ def _load(name: str) -> Any:
     except ImportError:
         raise UserError("--retro-embedder needs sentence-transformers: pip install sentence-transformers") from None
     where, is_directory = resolve(name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     try:
         return SentenceTransformer(where, device=device, local_files_only=is_directory)
     except Exception as error:  # many libraries, many kinds

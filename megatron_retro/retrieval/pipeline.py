@@ -42,7 +42,7 @@ def preprocess(config: PreprocessConfig) -> None:
         say(f"nothing to do: {', '.join(config.tasks())} finished in {work.path}")
         return
     distributed.init_gloo(timeout_minutes=60 * _HOURS_A_TASK)
-    _use_cores()
+    _use_this_ranks_share()
     on_rank_0(work, lambda: work.verify(tuple(work.manifest["stages"])))
     for task in distributed.all_gather(todo)[0]:
         start = time.monotonic()
@@ -65,10 +65,10 @@ def on_rank_0(work: WorkDir, act: Callable[[], Any]) -> None:
     work.reload()
 
 
-def _use_cores() -> None:
+def _use_this_ranks_share() -> None:
     import faiss
 
-    faiss.omp_set_num_threads(distributed.use_this_ranks_cores())
+    faiss.omp_set_num_threads(distributed.use_this_ranks_share())
 
 
 # ------------------------------------------------------------------------------------------------ tokenize

@@ -29,7 +29,7 @@ def train(config: PretrainConfig) -> None:
     """
     config.finish(distributed.world_size())
     parallel, run = config.parallel, config.run
-    distributed.use_this_ranks_cores()
+    distributed.use_this_ranks_share()
     mcore.initialize(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
