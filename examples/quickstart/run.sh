@@ -18,7 +18,7 @@ trained() { # updates in the newest checkpoint
 
 # 2. Work dir: tokens, chunks, embeddings, index, neighbors. What is finished already takes no time.
 run torchrun --nproc-per-node 2 tools/preprocess_retro_data.py \
-    --input quickstart/stdlib.jsonl --retro-work-dir quickstart/work --vocab-size 8000 --split 95,5,0
+    --input quickstart/stdlib.jsonl --retro-work-dir quickstart/work --vocab-size 2000 --split 95,5,0
 
 # 3. Train two thirds of the way, every layer shared by two ranks (tensor parallel).
 pretrain=(
@@ -26,10 +26,10 @@ pretrain=(
     --config examples/quickstart/retro.yaml --retro-work-dir quickstart/work
     --save quickstart/checkpoints --load quickstart/checkpoints
 )
-(($(trained) >= 200)) || run "${pretrain[@]}" --tensor-model-parallel-size 2 --exit-interval $((200 - $(trained)))
+(($(trained) >= 600)) || run "${pretrain[@]}" --tensor-model-parallel-size 2 --exit-interval $((600 - $(trained)))
 
-# 4. Resume from that checkpoint at another layout, three layers a rank (pipeline parallel), and finish.
-(($(trained) >= 300)) || run "${pretrain[@]}" --pipeline-model-parallel-size 2
+# 4. Resume from that checkpoint at another layout, every sample on one of the two ranks (data parallel), and finish.
+(($(trained) >= 900)) || run "${pretrain[@]}"
 
 # 5. Evaluate on the valid split, over the same tokens: neighbors on, off, and random ones.
 [[ quickstart/eval.json -nt quickstart/checkpoints/latest_checkpointed_iteration.txt ]] ||

@@ -2,7 +2,7 @@
 
 python examples/quickstart/stdlib_documents.py OUT.jsonl [CHARACTERS]
 
-Takes files in a fixed random order until CHARACTERS (default 4,000,000) are there, then writes them sorted by name.
+Takes files in a fixed random order until CHARACTERS (default 2,500,000) are there, then writes them sorted by name.
 """
 
 import json
@@ -23,7 +23,7 @@ def source_files(library: pathlib.Path) -> list[pathlib.Path]:
 
 def main() -> None:
     output = pathlib.Path(sys.argv[1])
-    characters = int(sys.argv[2]) if len(sys.argv) > 2 else 4_000_000
+    characters = int(sys.argv[2]) if len(sys.argv) > 2 else 2_500_000
     library = pathlib.Path(sysconfig.get_paths()["stdlib"])
     files = source_files(library)
     random.Random(0).shuffle(files)
