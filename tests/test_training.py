@@ -1,0 +1,244 @@
+"""The training program from its command line: learns, resumes, changes layout, evaluates, refuses what does not fit."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from launch import ROOT, command, environment, run
+
+from megatron_retro.data.chunks import ChunkTable
+from megatron_retro.errors import UserError
+from megatron_retro.training.data import TrainingData, check_split, corpus_weights
+from megatron_retro.workdir import WorkDir, save_npy
+
+ITERATIONS, SAVED = 6, 3
+SHAPE = "--num-layers 4 --hidden-size 64 --seq-length 128 --retro-layers 2,4 --retro-encoder-hidden-size 32".split()
+SHAPE += "--num-attention-heads 4 --retro-encoder-num-attention-heads 2 --hidden-dropout 0.1".split()
+BATCH = "--micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --log-interval 1 --eval-iters 2".split()
+
+
+def flags(work: pathlib.Path, *more: object) -> list[object]:
+    return [
+        *("pretrain_retro.py", "--retro-work-dir", work, "--retro-add-retriever", *SHAPE, *BATCH),
+        *("--train-iters", ITERATIONS, *more),
+    ]
+
+
+def metrics(save: pathlib.Path, key: str = "lm_loss") -> dict[int, float]:
+    """Iteration -> figure; a later line of the same iteration wins."""
+    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return {line["iteration"]: line[key] for line in lines if key in line}
+
+
+@pytest.fixture(scope="module")
+def whole(small_work: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The --save directory of an uninterrupted run, with a checkpoint in the middle."""
+    save = tmp_path_factory.mktemp("whole")
+    run(*flags(small_work, "--save", save, "--save-interval", SAVED, "--tensorboard-dir", save / "board"))
+    return save
+
+
+def from_the_middle(whole: pathlib.Path, save: pathlib.Path) -> pathlib.Path:
+    """A --save directory as a run that died after its checkpoint would have left it."""
+    name = f"iter_{SAVED:07d}"
+    shutil.copytree(whole / name, save / name)
+    (save / "latest_checkpointed_iteration.txt").write_text(f"{SAVED}\n")
+    return save
+
+
+def test_it_learns_and_logs(whole: pathlib.Path) -> None:
+    losses = metrics(whole)
+    assert sorted(losses) == list(range(1, ITERATIONS + 1))
+    assert losses[ITERATIONS] < losses[1] - 0.2
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    keys = {"iteration", "lm_loss", "grad_norm", "learning_rate", "tokens_per_second", "consumed_samples"}
+    assert keys <= set(lines[0])
+    assert lines[0]["consumed_samples"] == 4
+    assert {"valid_loss_on", "valid_loss_off", "valid_loss_random"} <= set(lines[-1])
+    assert any((whole / "board").iterdir())
+
+
+def test_resumed_at_the_same_layout_bit_equal(
+    whole: pathlib.Path, small_work: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    save = from_the_middle(whole, tmp_path)
+    run(*flags(small_work, "--load", save, "--save", save))
+    for key in ("lm_loss", "grad_norm", "learning_rate", "valid_loss_on"):
+        expected = {number: value for number, value in metrics(whole, key).items() if number > SAVED}
+        assert metrics(save, key) == expected
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--tensor-model-parallel-size 2 --sequence-parallel",
+        "--pipeline-model-parallel-size 2",
+    ],
+)
+def test_resumed_at_another_layout(
+    small_work: pathlib.Path, tmp_path: pathlib.Path, no_dropout: pathlib.Path, layout: str
+) -> None:
+    save = from_the_middle(no_dropout, tmp_path)
+    more = ["--hidden-dropout", 0, "--load", save, "--save", save, *layout.split()]
+    run(*flags(small_work, *more), ranks=2)
+    expected = {number: loss for number, loss in metrics(no_dropout).items() if number > SAVED}
+    assert metrics(save) == pytest.approx(expected, rel=1e-5)
+    assert metrics(save, "valid_loss_off") == pytest.approx(metrics(no_dropout, "valid_loss_off"), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def no_dropout(small_work: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """An uninterrupted run of two data-parallel ranks without dropout (its masks differ between layouts)."""
+    save = tmp_path_factory.mktemp("no_dropout")
+    run(*flags(small_work, "--hidden-dropout", 0, "--save", save, "--save-interval", SAVED), ranks=2)
+    return save
+
+
+def test_killed_run_goes_on_where_its_checkpoint_is(
+    whole: pathlib.Path, small_work: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """SIGKILL somewhere behind the checkpoint; the same command then ends with the uninterrupted run's losses."""
+    arguments = flags(small_work, "--save", tmp_path, "--load", tmp_path, "--save-interval", 2)
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    latest = tmp_path / "latest_checkpointed_iteration.txt"
+    while not latest.exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert "resumed from" in run(*arguments)
+    assert metrics(tmp_path) == metrics(whole)
+
+
+def test_sigterm_saves_and_exits(small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    arguments = flags(small_work, "--save", tmp_path, "--train-iters", 100000, "--eval-iters", 0)
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    next(line for line in process.stdout if "iteration 1/" in line)
+    process.send_signal(signal.SIGTERM)
+    rest = process.stdout.read()
+    assert process.wait() == 0
+    saved = (tmp_path / "latest_checkpointed_iteration.txt").read_text().strip()
+    assert f"exiting after iteration {saved}" in rest
+    assert (tmp_path / f"iter_{int(saved):07d}" / "run.json").exists()
+
+
+def test_gpt_trains_on_the_same_samples(whole: pathlib.Path, small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    arguments = [flag for flag in flags(small_work, "--save", tmp_path) if flag != "--retro-add-retriever"]
+    text = run(*arguments)
+    assert "GPT" in text and "RETRO" not in text
+    # Shared weights start equal and the samples are the same; the untrained encoder changes the loss only a little.
+    assert metrics(tmp_path)[1] == pytest.approx(metrics(whole)[1], rel=0.02)
+    assert metrics(tmp_path)[1] != metrics(whole)[1]
+    assert "off" in run("tools/evaluate_retro.py", "--load", tmp_path, "--retro-work-dir", small_work)
+
+
+def test_the_tutorial_command(small_work: pathlib.Path) -> None:
+    """As a tutorial gives it; only the number of updates and the batch are cut, for time."""
+    tutorial = (
+        f"pretrain_retro.py --num-layers 12 --hidden-size 768 --retro-work-dir {small_work} --retro-add-retriever "
+        "--seq-length 1024 --data-path my_text_data"
+    )
+    text = run(*tutorial.split(), "--train-iters", 1, "--micro-batch-size", 1, "--eval-iters", 0)
+    assert "RETRO (layers 6,9,12)" in text
+    assert re.search(r"iteration 1/1  lm_loss \d", text)
+
+
+def test_evaluation_is_the_same_at_every_layout(
+    whole: pathlib.Path, small_work: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    results = []
+    for number, (ranks, layout) in enumerate([(1, ""), (2, "--pipeline-model-parallel-size 2"), (2, "")]):
+        output = tmp_path / f"{number}.json"
+        more = ["--output", output, "--micro-batch-size", 3, *layout.split()]
+        text = run("tools/evaluate_retro.py", "--load", whole, "--retro-work-dir", small_work, *more, ranks=ranks)
+        results.append(json.loads(output.read_text()))
+        assert all(mode in text for mode in ("on", "off", "random"))
+    figures = results[0]["retrieval"]
+    assert set(figures) == {"on", "off", "random"}
+    assert len({mode["tokens"] for mode in figures.values()}) == 1
+    assert len({mode["loss"] for mode in figures.values()}) == 3
+    for mode in figures.values():
+        assert mode["loss_interval"][0] <= mode["loss"] <= mode["loss_interval"][1]
+        assert mode["perplexity"] == pytest.approx(np.exp(mode["loss"]))
+        nats_a_byte = mode["loss"] * mode["tokens"] / results[0]["bytes"]
+        assert mode["bits_per_byte"] == pytest.approx(nats_a_byte / np.log(2))
+    for other in results[1:]:
+        for mode, values in figures.items():
+            assert other["retrieval"][mode]["loss"] == pytest.approx(values["loss"], rel=1e-5)
+    text_bytes = evaluated_bytes(small_work)
+    assert results[0]["bytes"] == pytest.approx(text_bytes, rel=0.02)
+
+
+def evaluated_bytes(work_dir: pathlib.Path) -> int:
+    """UTF-8 bytes of the valid split, the documents' first tokens included."""
+    data = TrainingData.open(str(work_dir), retrieve=False)
+    table = data.table
+    texts = []
+    for document in table.documents_in("valid", data.split_weights):
+        chunks = np.arange(table.first_chunk[document], table.first_chunk[document + 1])
+        tokens, lengths = table.tokens(chunks, table.chunk_length, data.pad)
+        row = [token for row, length in zip(tokens, lengths, strict=True) for token in row[:length].tolist()]
+        texts += data.open_tokenizer().decode([row])
+    return sum(len(text.encode()) for text in texts)
+
+
+# ---- what does not fit is refused: one line, both values, exit code 2
+
+
+def refused(text: str) -> str:
+    lines = [line for line in text.splitlines() if ": error: " in line]
+    assert len(lines) == 1 and "Traceback" not in text, text
+    return lines[0]
+
+
+def test_a_checkpoint_of_another_shape_is_refused(whole: pathlib.Path, small_work: pathlib.Path) -> None:
+    line = refused(run(*flags(small_work, "--load", whole, "--hidden-size", 96), expect=2))
+    assert "--hidden-size is 64 in the checkpoint, 96 in this run" in line
+
+
+def test_bad_layout_ends_every_rank_with_one_line(small_work: pathlib.Path) -> None:
+    text = run(*flags(small_work, "--tensor-model-parallel-size", 3), ranks=2, expect=1)  # torchrun's own code is 1
+    assert text.count(": error: ") == 1
+    assert "--tensor-model-parallel-size 3" in text and "2 ranks" in text
+    assert len(re.findall(r"exitcode\s+: 2", text)) >= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--retro-work-dir", "/nowhere"], "--retro-work-dir /nowhere holds no manifest.json"),
+        (["--seq-length", 100], "--seq-length 100 is no multiple of the work dir's chunk length 64"),
+        (["--data-path", "other"], "no corpus 'other'; it has my_text_data"),
+        (["--split", "50,25,25"], "--split 50,25,25 differs from the work dir's 80,10,10"),
+    ],
+)
+def test_flags_that_do_not_fit_the_work_dir(small_work: pathlib.Path, arguments: list, message: str) -> None:
+    assert message in refused(run(*flags(small_work, *arguments), expect=2))
+
+
+def test_an_exchanged_work_dir_is_refused(small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(small_work, work)
+    file = next((work / "neighbors").rglob("*.ids.npy"))
+    save_npy(file, np.load(file)[::-1].copy())
+    with pytest.raises(UserError, match=rf"neighbors file .*{file.name} was .* is now "):
+        TrainingData.open(str(work), retrieve=True)
+    TrainingData.open(str(work), retrieve=False)  # a GPT reads no neighbors
+
+
+def test_data_path_forms(small_work: pathlib.Path) -> None:
+    table = ChunkTable.open(WorkDir(small_work))
+    assert corpus_weights(table, ("/some/where/my_text_data",)) == {"my_text_data": 0.0}
+    assert corpus_weights(table, ("0.5", "my_text_data")) == {"my_text_data": 0.5}
+    for wrong in (("my_text_data", "my_text_data"), ("-1", "my_text_data"), ("1",)):
+        with pytest.raises(UserError, match="--data-path"):
+            corpus_weights(table, wrong)
+    check_split("80,10,10", (80.0, 10.0, 10.0))
+    assert os.path.exists(small_work)
