@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from megatron_retro import distributed
 from megatron_retro.errors import UserError
 
 STAGES = ("tokenizer", "corpus", "chunks", "embeddings", "index", "neighbors")
@@ -56,6 +57,11 @@ class WorkDir:
         if version != FORMAT_VERSION:
             raise UserError(f"{file} has version {version}, this program reads {FORMAT_VERSION}; build a new work dir")
         self.manifest = manifest
+
+    def on_rank_0(self, act: Callable[[], Any]) -> None:
+        """Let rank 0 act while the others wait; then all read the manifest again. Every rank calls it."""
+        distributed.together(lambda: act() if distributed.rank() == 0 else None)
+        self.reload()
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from conftest import SMALL, build, stdlib_texts, write_jsonl
 from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.data.tokenize import merge_parts, token_dtype
 from megatron_retro.errors import UserError
-from megatron_retro.retrieval import embedding, pipeline
+from megatron_retro.retrieval import corpora, embedding
 from megatron_retro.retrieval.neighbors import NeighborTable
 from megatron_retro.workdir import WorkDir
 
@@ -67,11 +67,11 @@ def test_ranks_share_out_the_blocks_of_documents(tmp_path, monkeypatch):
     file = write_jsonl(tmp_path / "many.jsonl", [f"document {number} of many" for number in range(2300)])
     build(tmp_path / "one", "--input", str(file), *TOKENS_ONLY, "--vocab-size", "400")
     work, source = WorkDir(tmp_path / "one"), WorkDir(tmp_path / "one").settings["sources"][0]
-    tokenizer, written = pipeline._open_tokenizer(work), []
+    tokenizer, written = corpora.open_tokenizer(work), []
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        parts = pipeline._write_parts(work, source, tokenizer, strict=False)
+        parts = corpora._write_parts(work, source, tokenizer, strict=False)
         written.append([part.with_suffix(".json").exists() for part in parts])
     assert written == [[True, False, False], [True, True, False], [True, True, True]]
     counts = merge_parts(parts, tmp_path / "three", token_dtype(tokenizer.vocab_size))

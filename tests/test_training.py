@@ -19,9 +19,31 @@ from megatron_retro.training.data import TrainingData, check_split, corpus_weigh
 from megatron_retro.workdir import WorkDir, save_npy
 
 ITERATIONS, SAVED = 6, 3
-SHAPE = "--num-layers 4 --hidden-size 64 --seq-length 128 --retro-layers 2,4 --retro-encoder-hidden-size 32".split()
-SHAPE += "--num-attention-heads 4 --retro-encoder-num-attention-heads 2 --hidden-dropout 0.1".split()
-BATCH = "--micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --log-interval 1 --eval-iters 2".split()
+SHAPE = [
+    "--num-layers",
+    "4",
+    "--hidden-size",
+    "64",
+    "--seq-length",
+    "128",
+    "--retro-layers",
+    "2,4",
+    "--retro-encoder-hidden-size",
+    "32",
+]
+SHAPE += ["--num-attention-heads", "4", "--retro-encoder-num-attention-heads", "2", "--hidden-dropout", "0.1"]
+BATCH = [
+    "--micro-batch-size",
+    "2",
+    "--global-batch-size",
+    "4",
+    "--lr",
+    "1e-2",
+    "--log-interval",
+    "1",
+    "--eval-iters",
+    "2",
+]
 
 
 def flags(work: pathlib.Path, *more: object) -> list[object]:

@@ -13,10 +13,9 @@ from typing import Any
 from megatron_retro import distributed
 from megatron_retro.config.preprocessing import PreprocessConfig, check_given, settle, split_weights
 from megatron_retro.errors import UserError
+from megatron_retro.retrieval.corpora import check_sources, open_tokenizer, tokenize
 from megatron_retro.retrieval.progress import Progress, duration, say
-from megatron_retro.workdir import WorkDir, fingerprint, write_atomically
-
-TOKENIZER_SAMPLE_BYTES = 20_000_000
+from megatron_retro.workdir import WorkDir
 
 Advance = Callable[[int], None]  # told how many units of work were done
 
@@ -36,21 +35,21 @@ def preprocess(config: PreprocessConfig) -> None:
     """
     work = WorkDir(config.work.retro_work_dir or "")
     check_given(config, work)
-    _check_sources(config, work)
+    check_sources(config, work)
     todo = [task for task in config.tasks() if not is_done(work, task)]
     if not todo:
         say(f"nothing to do: {', '.join(config.tasks())} finished in {work.path}")
         return
     distributed.init_gloo(timeout_minutes=60 * _HOURS_A_TASK)
     _use_this_ranks_share()
-    on_rank_0(work, lambda: work.verify(tuple(work.manifest["stages"])))
+    work.on_rank_0(lambda: work.verify(tuple(work.manifest["stages"])))
     for task in distributed.all_gather(todo)[0]:
         start = time.monotonic()
         _TASKS[task](work, config)
-        on_rank_0(work, lambda task=task, start=start: _record_seconds(work, task, start))  # type: ignore[misc]
+        work.on_rank_0(lambda task=task, start=start: _record_seconds(work, task, start))  # type: ignore[misc]
         say(f"{task}: done in {duration(time.monotonic() - start)}")
     if work.has("neighbors"):
-        on_rank_0(work, lambda: _summarize(work))
+        work.on_rank_0(lambda: _summarize(work))
 
 
 def is_done(work: WorkDir, task: str) -> bool:
@@ -59,240 +58,17 @@ def is_done(work: WorkDir, task: str) -> bool:
     return work.has(_STAGE[task])
 
 
-def on_rank_0(work: WorkDir, act: Callable[[], Any]) -> None:
-    """Let rank 0 act while the others wait; then all read the manifest again."""
-    distributed.together(lambda: act() if distributed.rank() == 0 else None)
-    work.reload()
-
-
 def _use_this_ranks_share() -> None:
     import faiss
 
     faiss.omp_set_num_threads(distributed.use_this_ranks_share())
 
 
-# ------------------------------------------------------------------------------------------------ tokenize
-
-
-def _check_sources(config: PreprocessConfig, work: WorkDir) -> None:
-    """Refuse an `--input`, `--data-path` or `--tokenizer-model` that is not what the work dir was made from."""
-    documents, settings = config.documents, work.settings
-    if not (documents.input or documents.data_path or "sources" in settings):
-        raise UserError("--input or --data-path is needed to begin a work dir: the documents to learn from")
-    if (documents.input or documents.data_path) and "sources" in settings:
-        given, recorded = _describe(config), settings["sources"]
-        if given != recorded:
-            pairs = zip([*given, *[{}] * len(recorded)], [*recorded, *[{}] * len(given)], strict=False)
-            ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
-            raise UserError(
-                f"--input/--data-path is {_told(ours)}, but --retro-work-dir {work.path} was made from "
-                f"{_told(theirs)}; leave the flag out, or build a new work dir"
-            )
-    if config.tokenizer.tokenizer_model and "tokenizer" in settings:
-        found = _tokenizer_print(config)
-        if found != settings["tokenizer"]:
-            raise UserError(
-                f"--tokenizer-model {config.tokenizer.tokenizer_model} is {found}, but --retro-work-dir {work.path} "
-                f"was made with {settings['tokenizer']}; leave the flag out, or build a new work dir"
-            )
-
-
-def _told(source: dict[str, Any]) -> str:
-    return f"{source['path']} ({source['fingerprint']}, weight {source['weight']:g})" if source else "nothing"
-
-
-def _tokenizer_print(config: PreprocessConfig) -> str:
-    model = config.tokenizer.tokenizer_model
-    if model is None:
-        return "trained on the documents"
-    if not pathlib.Path(model).is_file():
-        raise UserError(f"--tokenizer-model {model}: no such file")
-    return fingerprint(pathlib.Path(model))
-
-
-def _describe(config: PreprocessConfig) -> list[dict[str, Any]]:
-    """What the corpora are made from, in plain values."""
-    from megatron_retro.data.documents import find_sources
-
-    described = [
-        {"name": source.name, "path": source.path, "fingerprint": source.fingerprint(), "weight": 0.0, "tokens": False}
-        for source in find_sources(config.documents.input)
-    ]
-    for weight, prefix in _weighted_prefixes(config.documents.data_path):
-        described.append(
-            {"name": pathlib.Path(prefix).name, "path": prefix, "fingerprint": "", "weight": weight, "tokens": True}
-        )
-    names = [source["name"] for source in described]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--input and --data-path name corpus {name!r} more than once; rename one")
-    return described
-
-
-def _weighted_prefixes(values: tuple[str, ...]) -> list[tuple[float, str]]:
-    """Megatron's two forms: `PREFIX …` (weight 0: by size) or `WEIGHT PREFIX WEIGHT PREFIX …`."""
-    try:
-        weights = [float(value) for value in values[::2]] if len(values) > 1 else []
-    except ValueError:
-        weights = []
-    if not weights:
-        return [(0.0, str(pathlib.Path(prefix).absolute())) for prefix in values]
-    if len(values) % 2 or min(weights) <= 0:
-        raise UserError(f"--data-path {' '.join(values)}: every prefix needs a weight above 0 before it, or none does")
-    return [
-        (weight, str(pathlib.Path(prefix).absolute())) for weight, prefix in zip(weights, values[1::2], strict=True)
-    ]
-
-
-def _tokenize(work: WorkDir, config: PreprocessConfig) -> None:
-    on_rank_0(work, lambda: _begin(work, config))
-    corpora = [
-        _use_in_place(work, source) if source["tokens"] else _tokenize_documents(work, source, config)
-        for source in work.settings["sources"]
-    ]
-    on_rank_0(work, lambda: _commit_corpus(work, corpora))
-
-
-def _begin(work: WorkDir, config: PreprocessConfig) -> None:
-    """Settle what the work dir is made from, and its tokenizer; written together, so a refused flag leaves no trace."""
-    settle(config, work, "tokenize")
-    _settle_sources(work, config)
-    if not work.has("tokenizer"):
-        _make_tokenizer(work, config)
-
-
-def _settle_sources(work: WorkDir, config: PreprocessConfig) -> None:
-    from megatron_retro.data.documents import Source
-
-    if "sources" not in work.settings:
-        work.settings["sources"] = _describe(config)
-        if config.documents.data_path and config.tokenizer.tokenizer_model is None:
-            raise UserError("--data-path needs --tokenizer-model: the tokenizer that made its tokens")
-        work.settings["tokenizer"] = _tokenizer_print(config)
-    for source in work.settings["sources"]:
-        found = "" if source["tokens"] else Source.find(source["path"]).fingerprint()
-        if found != source["fingerprint"]:
-            raise UserError(
-                f"--input {source['path']} was {source['fingerprint']} when --retro-work-dir {work.path} was begun, "
-                f"is now {found}; restore the files, or build a new work dir"
-            )
-
-
-def _make_tokenizer(work: WorkDir, config: PreprocessConfig) -> None:
-    from megatron_retro.data.tokenizer import Tokenizer
-
-    model = config.tokenizer.tokenizer_model
-    if model:
-        _check_tokenizer(work, Tokenizer.open(model))
-    content = pathlib.Path(model).read_bytes() if model else _train_tokenizer(work)
-    suffix = ".json" if (model or "").endswith(".json") else ".model"
-    path = work.path / "tokenizer" / f"tokenizer{suffix}"
-    write_atomically(path, lambda file: file.write(content))
-    made = Tokenizer.open(path)
-    facts = {"file": f"tokenizer/{path.name}", "vocab_size": made.vocab_size, "eod": made.eod, "pad": made.pad}
-    work.commit("tokenizer", facts, [path])
-
-
-def _check_tokenizer(work: WorkDir, tokenizer: Any) -> None:
-    """Refuse a tokenizer that cannot have made the Megatron corpora."""
-    from megatron_retro.data.chunks import Corpus
-    from megatron_retro.data.tokenize import check_token_ids
-
-    for source in work.settings["sources"]:
-        if source["tokens"]:
-            tokens = Corpus.open(source["name"], source["path"]).tokens
-            check_token_ids(source["name"], tokens, tokenizer.vocab_size)
-
-
-def _train_tokenizer(work: WorkDir) -> bytes:
-    from megatron_retro.data import tokenizer
-    from megatron_retro.data.documents import Source
-    from megatron_retro.data.tokenize import sample_texts
-
-    settings = work.settings
-
-    def records() -> Any:
-        sources = [Source.find(source["path"]) for source in settings["sources"]]
-        with Progress(
-            "sample for the tokenizer", sum(source.num_bytes for source in sources), "bytes of input"
-        ) as progress:
-            for source in sources:
-                yield from source.records(settings["json_key"], progress.advance)
-
-    texts = sample_texts(records(), settings["json_key"], settings["seed"], TOKENIZER_SAMPLE_BYTES)
-    say(f"tokenizer: training on {len(texts):,} documents of {sum(map(len, texts)):,} characters")
-    return tokenizer.train(texts, settings["vocab_size"])
-
-
-def _open_tokenizer(work: WorkDir) -> Any:
-    from megatron_retro.data.tokenizer import Tokenizer
-
-    return Tokenizer.open(work.path / work.facts("tokenizer")["file"])
-
-
-def _use_in_place(work: WorkDir, source: dict[str, Any]) -> dict[str, Any]:
-    """The corpus entry of a Megatron prefix."""
-    from megatron_retro.data.chunks import Corpus
-
-    def look() -> dict[str, Any]:
-        corpus = Corpus.open(source["name"], source["path"])
-        counts = {"documents": len(corpus.length), "tokens": int(corpus.length.sum()), "skipped": {}}
-        return {"name": source["name"], "prefix": source["path"], "weight": source["weight"], **counts}
-
-    return distributed.together(look)
-
-
-def _tokenize_documents(work: WorkDir, source: dict[str, Any], config: PreprocessConfig) -> dict[str, Any]:
-    """Tokenize one `--input` argument; the corpus entry."""
-    from megatron_retro.data.tokenize import merge_parts, token_dtype
-
-    tokenizer = _open_tokenizer(work)
-    parts = distributed.together(lambda: _write_parts(work, source, tokenizer, strict=config.documents.strict))
-    prefix = work.path / "corpus" / source["name"]
-    dtype = token_dtype(tokenizer.vocab_size)
-    counts = distributed.together(lambda: merge_parts(parts, prefix, dtype) if distributed.rank() == 0 else {})
-    return {"name": source["name"], "prefix": f"corpus/{source['name']}", "weight": source["weight"], **counts}
-
-
-def _write_parts(work: WorkDir, source: dict[str, Any], tokenizer: Any, *, strict: bool) -> list[pathlib.Path]:
-    """Write this rank's parts; the prefixes of all."""
-    from megatron_retro.data import documents
-    from megatron_retro.data.tokenize import part_is_complete, write_part
-
-    parts, key = [], work.settings["json_key"]
-    files = documents.Source.find(source["path"])
-    with Progress(f"tokenize {source['name']}", files.num_bytes, "bytes of input") as progress:
-        for number, block in enumerate(documents.blocks(files.records(key, progress.advance))):
-            parts.append(_part(work, source["name"], number))
-            if number % distributed.world_size() == distributed.rank() and not part_is_complete(parts[-1]):
-                write_part(parts[-1], block, tokenizer, key, strict=strict)
-    return parts
-
-
-def _part(work: WorkDir, name: str, number: int) -> pathlib.Path:
-    return work.path / "corpus" / f"{name}.parts" / f"{number:08d}"
-
-
-def _commit_corpus(work: WorkDir, corpora: list[dict[str, Any]]) -> None:
-    from megatron_retro.data.tokenize import remove_parts
-
-    files = []
-    for corpus in corpora:
-        if not corpus["documents"]:
-            raise UserError(f"corpus {corpus['name']!r} has no document with text (skipped: {corpus['skipped']})")
-        files += [pathlib.Path(f"{work.path / corpus['prefix']}{suffix}") for suffix in (".bin", ".idx")]
-    work.commit("corpus", {"corpora": corpora}, files)
-    for corpus in corpora:
-        directory = work.path / "corpus" / f"{corpus['name']}.parts"
-        if directory.is_dir():
-            remove_parts(sorted({file.with_suffix("") for file in directory.iterdir()}))
-
-
 # ------------------------------------------------------------------------------------------------ db-build
 
 
 def _build_chunks(work: WorkDir, config: PreprocessConfig) -> None:
-    on_rank_0(work, lambda: _commit_chunks(work, config))
+    work.on_rank_0(lambda: _commit_chunks(work, config))
 
 
 def _commit_chunks(work: WorkDir, config: PreprocessConfig) -> None:
@@ -330,7 +106,7 @@ def _embed(work: WorkDir, config: PreprocessConfig) -> None:
 
     batch_size = config.retrieval.retro_embedder_batch_size
     num_chunks = work.facts("chunks")["chunks"]
-    on_rank_0(work, lambda: _settle_embedder(work, config))
+    work.on_rank_0(lambda: _settle_embedder(work, config))
     settings = work.settings
     block_size = settings["retro_block_size"] or auto_block_size(num_chunks)
     blocks = plan(work, block_size)
@@ -346,7 +122,7 @@ def _embed(work: WorkDir, config: PreprocessConfig) -> None:
         path = blocks[number].path(work, "embeddings")
         return is_complete(path, (len(blocks[number]), embedder.width), np.float16)
 
-    table, tokenizer = distributed.together(lambda: (ChunkTable.open(work), _open_tokenizer(work)))
+    table, tokenizer = distributed.together(lambda: (ChunkTable.open(work), open_tokenizer(work)))
     _make_blocks("embed", [len(block) for block in blocks], is_made, make)
     facts = {
         "embedder": settings["retro_embedder"],
@@ -356,7 +132,7 @@ def _embed(work: WorkDir, config: PreprocessConfig) -> None:
         "block_size": block_size,
     }
     files = [block.path(work, "embeddings") for block in blocks]
-    on_rank_0(work, lambda: work.commit("embeddings", facts, files))
+    work.on_rank_0(lambda: work.commit("embeddings", facts, files))
 
 
 def _settle_embedder(work: WorkDir, config: PreprocessConfig) -> None:
@@ -415,7 +191,7 @@ def _database(work: WorkDir) -> tuple[Any, Any, Any]:
 
 
 def _train_index(work: WorkDir, config: PreprocessConfig) -> None:
-    on_rank_0(work, lambda: _write_trained(work, config))
+    work.on_rank_0(lambda: _write_trained(work, config))
 
 
 def _write_trained(work: WorkDir, config: PreprocessConfig) -> None:
@@ -439,7 +215,7 @@ def _fill_index(work: WorkDir, config: PreprocessConfig) -> None:
     if not trained.exists():
         raise UserError(f"--retro-work-dir {work.path} has no trained index; --retro-tasks index-train comes first")
     width = work.facts("embeddings")["width"]
-    on_rank_0(work, lambda: _settle_shards(work))
+    work.on_rank_0(lambda: _settle_shards(work))
     _, embeddings, database = distributed.together(lambda: _database(work))
     shards = plan_shards(embeddings.blocks, work.settings["index_shards"])
 
@@ -458,7 +234,7 @@ def _fill_index(work: WorkDir, config: PreprocessConfig) -> None:
         "width": width,
     }
     files = [trained, *(_shard(work, number) for number in range(len(shards)))]
-    on_rank_0(work, lambda: work.commit("index", facts, files))
+    work.on_rank_0(lambda: work.commit("index", facts, files))
 
 
 def _settle_shards(work: WorkDir) -> None:
@@ -483,7 +259,7 @@ def _query(work: WorkDir, config: PreprocessConfig) -> None:
     from megatron_retro.retrieval.blocks import is_complete
     from megatron_retro.workdir import save_npy
 
-    on_rank_0(work, lambda: _settle_query(work, config))
+    work.on_rank_0(lambda: _settle_query(work, config))
     k = work.settings["retro_query_num_neighbors_save"]
     table, embeddings, database = distributed.together(lambda: _database(work))
     search, nprobe = distributed.together(lambda: _open_search(work, embeddings, database))
@@ -501,7 +277,7 @@ def _query(work: WorkDir, config: PreprocessConfig) -> None:
 
     _make_blocks("query-neighbors", [len(block) for block in blocks], is_made, make)
     files = [block.path(work, "neighbors", end) for block in blocks for end in (".ids.npy", ".distances.npy")]
-    on_rank_0(work, lambda: work.commit("neighbors", {"num_neighbors": k, "nprobe": nprobe}, files))
+    work.on_rank_0(lambda: work.commit("neighbors", {"num_neighbors": k, "nprobe": nprobe}, files))
 
 
 def _settle_query(work: WorkDir, config: PreprocessConfig) -> None:
@@ -563,7 +339,7 @@ def _summarize(work: WorkDir) -> None:
 
 
 _TASKS: dict[str, Callable[[WorkDir, PreprocessConfig], None]] = {
-    "tokenize": _tokenize,
+    "tokenize": tokenize,
     "db-build": _build_chunks,
     "embed": _embed,
     "index-train": _train_index,

@@ -1,0 +1,231 @@
+"""The task `tokenize`: from `--input` and `--data-path` to the tokenizer and the corpora of a work dir."""
+
+import pathlib
+from typing import Any
+
+from megatron_retro import distributed
+from megatron_retro.config.preprocessing import PreprocessConfig, settle
+from megatron_retro.errors import UserError
+from megatron_retro.retrieval.progress import Progress, say
+from megatron_retro.workdir import WorkDir, fingerprint, write_atomically
+
+TOKENIZER_SAMPLE_BYTES = 20_000_000
+
+
+def check_sources(config: PreprocessConfig, work: WorkDir) -> None:
+    """Refuse an `--input`, `--data-path` or `--tokenizer-model` that is not what the work dir was made from."""
+    documents, settings = config.documents, work.settings
+    if not (documents.input or documents.data_path or "sources" in settings):
+        raise UserError("--input or --data-path is needed to begin a work dir: the documents to learn from")
+    if (documents.input or documents.data_path) and "sources" in settings:
+        given, recorded = _describe(config), settings["sources"]
+        if given != recorded:
+            pairs = zip([*given, *[{}] * len(recorded)], [*recorded, *[{}] * len(given)], strict=False)
+            ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
+            raise UserError(
+                f"--input/--data-path is {_told(ours)}, but --retro-work-dir {work.path} was made from "
+                f"{_told(theirs)}; leave the flag out, or build a new work dir"
+            )
+    if config.tokenizer.tokenizer_model and "tokenizer" in settings:
+        found = _tokenizer_print(config)
+        if found != settings["tokenizer"]:
+            raise UserError(
+                f"--tokenizer-model {config.tokenizer.tokenizer_model} is {found}, but --retro-work-dir {work.path} "
+                f"was made with {settings['tokenizer']}; leave the flag out, or build a new work dir"
+            )
+
+
+def _told(source: dict[str, Any]) -> str:
+    return f"{source['path']} ({source['fingerprint']}, weight {source['weight']:g})" if source else "nothing"
+
+
+def _tokenizer_print(config: PreprocessConfig) -> str:
+    model = config.tokenizer.tokenizer_model
+    if model is None:
+        return "trained on the documents"
+    if not pathlib.Path(model).is_file():
+        raise UserError(f"--tokenizer-model {model}: no such file")
+    return fingerprint(pathlib.Path(model))
+
+
+def _describe(config: PreprocessConfig) -> list[dict[str, Any]]:
+    """What the corpora are made from, in plain values."""
+    from megatron_retro.data.documents import find_sources
+
+    described = [
+        {"name": source.name, "path": source.path, "fingerprint": source.fingerprint(), "weight": 0.0, "tokens": False}
+        for source in find_sources(config.documents.input)
+    ]
+    for weight, prefix in _weighted_prefixes(config.documents.data_path):
+        described.append(
+            {"name": pathlib.Path(prefix).name, "path": prefix, "fingerprint": "", "weight": weight, "tokens": True}
+        )
+    names = [source["name"] for source in described]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--input and --data-path name corpus {name!r} more than once; rename one")
+    return described
+
+
+def _weighted_prefixes(values: tuple[str, ...]) -> list[tuple[float, str]]:
+    """Megatron's two forms: `PREFIX …` (weight 0: by size) or `WEIGHT PREFIX WEIGHT PREFIX …`."""
+    try:
+        weights = [float(value) for value in values[::2]] if len(values) > 1 else []
+    except ValueError:
+        weights = []
+    if not weights:
+        return [(0.0, str(pathlib.Path(prefix).absolute())) for prefix in values]
+    if len(values) % 2 or min(weights) <= 0:
+        raise UserError(f"--data-path {' '.join(values)}: every prefix needs a weight above 0 before it, or none does")
+    return [
+        (weight, str(pathlib.Path(prefix).absolute())) for weight, prefix in zip(weights, values[1::2], strict=True)
+    ]
+
+
+def tokenize(work: WorkDir, config: PreprocessConfig) -> None:
+    """The task `tokenize`: a tokenizer, and the corpora's `.bin/.idx`.
+
+    Raises:
+        UserError: bad input, or not what the work dir was begun with.
+    """
+    work.on_rank_0(lambda: _begin(work, config))
+    corpora = [
+        _use_in_place(work, source) if source["tokens"] else _tokenize_documents(work, source, config)
+        for source in work.settings["sources"]
+    ]
+    work.on_rank_0(lambda: _commit_corpus(work, corpora))
+
+
+def _begin(work: WorkDir, config: PreprocessConfig) -> None:
+    """Settle what the work dir is made from, and its tokenizer; written together, so a refused flag leaves no trace."""
+    settle(config, work, "tokenize")
+    _settle_sources(work, config)
+    if not work.has("tokenizer"):
+        _make_tokenizer(work, config)
+
+
+def _settle_sources(work: WorkDir, config: PreprocessConfig) -> None:
+    from megatron_retro.data.documents import Source
+
+    if "sources" not in work.settings:
+        work.settings["sources"] = _describe(config)
+        if config.documents.data_path and config.tokenizer.tokenizer_model is None:
+            raise UserError("--data-path needs --tokenizer-model: the tokenizer that made its tokens")
+        work.settings["tokenizer"] = _tokenizer_print(config)
+    for source in work.settings["sources"]:
+        found = "" if source["tokens"] else Source.find(source["path"]).fingerprint()
+        if found != source["fingerprint"]:
+            raise UserError(
+                f"--input {source['path']} was {source['fingerprint']} when --retro-work-dir {work.path} was begun, "
+                f"is now {found}; restore the files, or build a new work dir"
+            )
+
+
+def _make_tokenizer(work: WorkDir, config: PreprocessConfig) -> None:
+    from megatron_retro.data.tokenizer import Tokenizer
+
+    model = config.tokenizer.tokenizer_model
+    if model:
+        _check_tokenizer(work, Tokenizer.open(model))
+    content = pathlib.Path(model).read_bytes() if model else _train_tokenizer(work)
+    suffix = ".json" if (model or "").endswith(".json") else ".model"
+    path = work.path / "tokenizer" / f"tokenizer{suffix}"
+    write_atomically(path, lambda file: file.write(content))
+    made = Tokenizer.open(path)
+    facts = {"file": f"tokenizer/{path.name}", "vocab_size": made.vocab_size, "eod": made.eod, "pad": made.pad}
+    work.commit("tokenizer", facts, [path])
+
+
+def _check_tokenizer(work: WorkDir, tokenizer: Any) -> None:
+    """Refuse a tokenizer that cannot have made the Megatron corpora."""
+    from megatron_retro.data.chunks import Corpus
+    from megatron_retro.data.tokenize import check_token_ids
+
+    for source in work.settings["sources"]:
+        if source["tokens"]:
+            tokens = Corpus.open(source["name"], source["path"]).tokens
+            check_token_ids(source["name"], tokens, tokenizer.vocab_size)
+
+
+def _train_tokenizer(work: WorkDir) -> bytes:
+    from megatron_retro.data import tokenizer
+    from megatron_retro.data.documents import Source
+    from megatron_retro.data.tokenize import sample_texts
+
+    settings = work.settings
+
+    def records() -> Any:
+        sources = [Source.find(source["path"]) for source in settings["sources"]]
+        with Progress(
+            "sample for the tokenizer", sum(source.num_bytes for source in sources), "bytes of input"
+        ) as progress:
+            for source in sources:
+                yield from source.records(settings["json_key"], progress.advance)
+
+    texts = sample_texts(records(), settings["json_key"], settings["seed"], TOKENIZER_SAMPLE_BYTES)
+    say(f"tokenizer: training on {len(texts):,} documents of {sum(map(len, texts)):,} characters")
+    return tokenizer.train(texts, settings["vocab_size"])
+
+
+def open_tokenizer(work: WorkDir) -> Any:
+    from megatron_retro.data.tokenizer import Tokenizer
+
+    return Tokenizer.open(work.path / work.facts("tokenizer")["file"])
+
+
+def _use_in_place(work: WorkDir, source: dict[str, Any]) -> dict[str, Any]:
+    """The corpus entry of a Megatron prefix."""
+    from megatron_retro.data.chunks import Corpus
+
+    def look() -> dict[str, Any]:
+        corpus = Corpus.open(source["name"], source["path"])
+        counts = {"documents": len(corpus.length), "tokens": int(corpus.length.sum()), "skipped": {}}
+        return {"name": source["name"], "prefix": source["path"], "weight": source["weight"], **counts}
+
+    return distributed.together(look)
+
+
+def _tokenize_documents(work: WorkDir, source: dict[str, Any], config: PreprocessConfig) -> dict[str, Any]:
+    """Tokenize one `--input` argument; the corpus entry."""
+    from megatron_retro.data.tokenize import merge_parts, token_dtype
+
+    tokenizer = open_tokenizer(work)
+    parts = distributed.together(lambda: _write_parts(work, source, tokenizer, strict=config.documents.strict))
+    prefix = work.path / "corpus" / source["name"]
+    dtype = token_dtype(tokenizer.vocab_size)
+    counts = distributed.together(lambda: merge_parts(parts, prefix, dtype) if distributed.rank() == 0 else {})
+    return {"name": source["name"], "prefix": f"corpus/{source['name']}", "weight": source["weight"], **counts}
+
+
+def _write_parts(work: WorkDir, source: dict[str, Any], tokenizer: Any, *, strict: bool) -> list[pathlib.Path]:
+    """Write this rank's parts; the prefixes of all."""
+    from megatron_retro.data import documents
+    from megatron_retro.data.tokenize import part_is_complete, write_part
+
+    parts, key = [], work.settings["json_key"]
+    files = documents.Source.find(source["path"])
+    with Progress(f"tokenize {source['name']}", files.num_bytes, "bytes of input") as progress:
+        for number, block in enumerate(documents.blocks(files.records(key, progress.advance))):
+            parts.append(_part(work, source["name"], number))
+            if number % distributed.world_size() == distributed.rank() and not part_is_complete(parts[-1]):
+                write_part(parts[-1], block, tokenizer, key, strict=strict)
+    return parts
+
+
+def _part(work: WorkDir, name: str, number: int) -> pathlib.Path:
+    return work.path / "corpus" / f"{name}.parts" / f"{number:08d}"
+
+
+def _commit_corpus(work: WorkDir, corpora: list[dict[str, Any]]) -> None:
+    from megatron_retro.data.tokenize import remove_parts
+
+    files = []
+    for corpus in corpora:
+        if not corpus["documents"]:
+            raise UserError(f"corpus {corpus['name']!r} has no document with text (skipped: {corpus['skipped']})")
+        files += [pathlib.Path(f"{work.path / corpus['prefix']}{suffix}") for suffix in (".bin", ".idx")]
+    work.commit("corpus", {"corpora": corpora}, files)
+    for corpus in corpora:
+        directory = work.path / "corpus" / f"{corpus['name']}.parts"
+        if directory.is_dir():
+            remove_parts(sorted({file.with_suffix("") for file in directory.iterdir()}))
