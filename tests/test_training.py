@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,31 +20,11 @@ from megatron_retro.training.data import TrainingData, check_split, corpus_weigh
 from megatron_retro.workdir import WorkDir, save_npy
 
 ITERATIONS, SAVED = 6, 3
-SHAPE = [
-    "--num-layers",
-    "4",
-    "--hidden-size",
-    "64",
-    "--seq-length",
-    "128",
-    "--retro-layers",
-    "2,4",
-    "--retro-encoder-hidden-size",
-    "32",
-]
-SHAPE += ["--num-attention-heads", "4", "--retro-encoder-num-attention-heads", "2", "--hidden-dropout", "0.1"]
-BATCH = [
-    "--micro-batch-size",
-    "2",
-    "--global-batch-size",
-    "4",
-    "--lr",
-    "1e-2",
-    "--log-interval",
-    "1",
-    "--eval-iters",
-    "2",
-]
+SHAPE = shlex.split(
+    "--num-layers 4 --hidden-size 64 --seq-length 128 --num-attention-heads 4 --hidden-dropout 0.1 "
+    "--retro-layers 2,4 --retro-encoder-hidden-size 32 --retro-encoder-num-attention-heads 2"
+)
+BATCH = shlex.split("--micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --log-interval 1 --eval-iters 2")
 
 
 def flags(work: pathlib.Path, *more: object) -> list[object]:
@@ -98,11 +79,7 @@ def test_resumed_at_the_same_layout_bit_equal(
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [
-        "--tensor-model-parallel-size 2 --sequence-parallel",
-        "--pipeline-model-parallel-size 2",
-    ],
+    "layout", ["--tensor-model-parallel-size 2 --sequence-parallel", "--pipeline-model-parallel-size 2"]
 )
 def test_resumed_at_another_layout(
     small_work: pathlib.Path, tmp_path: pathlib.Path, no_dropout: pathlib.Path, layout: str
