@@ -23,7 +23,7 @@ BASE = {"errors", "distributed", "workdir", "config"}
 ARROWS = {
     "errors": set(),
     "distributed": {"errors"},
-    "workdir": {"errors"},
+    "workdir": {"errors", "distributed"},
     "config": {"errors", "workdir"},
     "mcore_cpu": set(),
     "mcore": {"mcore_cpu"} | BASE,
@@ -191,7 +191,7 @@ exit $code
 """
 
 SCONTROL = """#!/bin/bash
-if [[ $1 == show ]]; then echo localhost; echo localhost; else echo "$@" >> "$TEST_RESULTS/scontrol"; fi
+if [[ $1 == show ]]; then echo localhost; sleep 0.2; echo localhost; else echo "$@" >> "$TEST_RESULTS/scontrol"; fi
 """
 
 
