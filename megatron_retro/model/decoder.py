@@ -62,10 +62,9 @@ class RetroDecoder(MegatronModule):
                 self.layers.append(Layer(config, number, causal=True, cross_attention=reads))
         if self.first_retro_layer in layers_of_this_stage(config):
             assert encoder_config
-            with initial_weights(seed, "encoder"):
-                self.encoder = RetroEncoder(
-                    encoder_config, vocab_size, config.hidden_size, chunk_length, self.retrieved_length, rotary_base
-                )
+            self.encoder = RetroEncoder(
+                encoder_config, vocab_size, config.hidden_size, chunk_length, self.retrieved_length, rotary_base, seed
+            )
         self.final_layernorm = Norm(config) if final_norm else None
 
     def forward(

@@ -2,7 +2,13 @@
 
 from torch import Tensor
 
-from megatron_retro.mcore import LanguageModelEmbedding, MegatronModule, RotaryEmbedding, TransformerConfig
+from megatron_retro.mcore import (
+    LanguageModelEmbedding,
+    MegatronModule,
+    RotaryEmbedding,
+    TransformerConfig,
+    initial_weights,
+)
 from megatron_retro.model.attention import EncoderCrossAttention
 from megatron_retro.model.layer import Layer, LayerStack, Norm
 from megatron_retro.model.neighbors import Neighbors
@@ -12,7 +18,8 @@ class RetroEncoder(MegatronModule):
     """Bidirectional transformer over each neighbor (arXiv 2112.04426, §2.4).
 
     Layer 1 also attends to the decoder's hidden states of the chunk that retrieved the neighbor. It has its own token
-    embedding, so it can live on another pipeline stage than the decoder's, and its own width.
+    embedding, so it can live on another pipeline stage than the decoder's, and its own width. Where the widths are equal
+    the two embeddings start equal: copying a retrieved token then needs no map between two vocabularies.
 
     Args:
         config: the encoder's shape.
@@ -21,6 +28,7 @@ class RetroEncoder(MegatronModule):
         chunk_length: C.
         retrieved_length: R.
         rotary_base: base period of rotary positions.
+        seed: of the initial weights.
     """
 
     def __init__(
@@ -31,16 +39,19 @@ class RetroEncoder(MegatronModule):
         chunk_length: int,
         retrieved_length: int,
         rotary_base: int,
+        seed: int,
     ):
         super().__init__(config)
         self.angles = RotaryEmbedding(
             config.kv_channels, 1.0, rotary_base=rotary_base, use_cpu_initialization=config.use_cpu_initialization
         )
-        self.embedding = LanguageModelEmbedding(config, vocab_size, retrieved_length, "rope")
-        reads = EncoderCrossAttention(config, decoder_hidden_size, chunk_length)
-        self.layers = LayerStack(config)
-        for number in range(1, config.num_layers + 1):
-            self.layers.append(Layer(config, number, causal=False, cross_attention=reads if number == 1 else None))
+        with initial_weights(seed, "embedding"):
+            self.embedding = LanguageModelEmbedding(config, vocab_size, retrieved_length, "rope")
+        with initial_weights(seed, "encoder"):
+            reads = EncoderCrossAttention(config, decoder_hidden_size, chunk_length)
+            self.layers = LayerStack(config)
+            for number in range(1, config.num_layers + 1):
+                self.layers.append(Layer(config, number, causal=False, cross_attention=reads if number == 1 else None))
         self.final_layernorm = Norm(config)
 
     def forward(self, neighbors: Neighbors, decoder_SxBxD: Tensor) -> Tensor:
