@@ -292,7 +292,7 @@ def test_a_signal_to_the_tasks_lets_all_ranks_save(cluster: Cluster, number: sig
         rf"--retro-work-dir \S+ --save {save} --load {save} --exit-duration-in-mins 5[23] --num-layers 2", given
     )
     logs = sorted(pathlib.Path(save).glob("logs/*/node*/**/stdout.log"))
-    assert [log.read_text() for log in logs] == ["worker 0-of-2\n", "worker 1-of-2\n"]
+    assert sorted(log.read_text() for log in logs) == ["worker 0-of-2\n", "worker 1-of-2\n"]
 
 
 @pytest.mark.parametrize("end", [0, 3])
