@@ -251,11 +251,19 @@ def test_initial_weights_depend_on_the_seed():
 
 
 def test_no_two_initial_weights_are_alike():
-    drawn = [weight.flatten()[:7] for weight in make_model().parameters() if weight.dim() == 2]
+    named = {name: weight for name, weight in make_model().named_parameters() if weight.dim() == 2}
+    del named["decoder.encoder.embedding.word_embeddings.weight"]  # begins as the decoder's, see below
+    drawn = [weight.flatten()[:7] for weight in named.values()]
     alike = {
         tuple((values / values[0]).mul(1000).round().tolist()) for values in drawn
     }  # whatever their standard deviation
     assert len(alike) == len(drawn)
+
+
+def test_the_encoders_embedding_starts_as_the_decoders_of_equal_width():
+    model = make_model(hidden_size=22)
+    assert torch.equal(model.embedding.word_embeddings.weight, model.decoder.encoder.embedding.word_embeddings.weight)
+    assert model.embedding.word_embeddings.weight is not model.decoder.encoder.embedding.word_embeddings.weight
 
 
 def test_making_a_model_leaves_the_random_stream_alone():
