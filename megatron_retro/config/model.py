@@ -1,6 +1,7 @@
 """Flags of the model's shape, and the values that follow from others."""
 
 import dataclasses
+import math
 
 from megatron_retro.config.flags import flag, flag_name
 from megatron_retro.errors import UserError
@@ -89,7 +90,7 @@ class ModelConfig:
     untie_embeddings_and_output_weights: bool = flag(False, "an output layer of its own")
     hidden_dropout: float = flag(0.0, "dropout on each residual branch")
     attention_dropout: float = flag(0.0, "dropout on attention weights")
-    init_method_std: float = flag(0.02, "standard deviation of initial weights")
+    init_method_std: float | None = flag(None, "standard deviation of initial weights", show="sqrt(2 / 5 D)")
     make_vocab_size_divisible_by: int = flag(128, "pad the vocabulary to a multiple of this")
 
     def finish(self) -> None:
@@ -120,6 +121,10 @@ class ModelConfig:
         elif self.num_query_groups is None:
             self.num_query_groups = max(1, self.num_attention_heads // 4)
         _divides("num_query_groups", self.num_query_groups or 0, "num_attention_heads", self.num_attention_heads)
+        if (
+            self.init_method_std is None
+        ):  # Nguyen and Salazar, arXiv 1910.05895; 0.02 leaves small models' attention flat
+            self.init_method_std = math.sqrt(2 / (5 * self.hidden_size))
         if self.max_position_embeddings is None:
             self.max_position_embeddings = self.seq_length
         if self.max_position_embeddings < self.seq_length:

@@ -18,8 +18,8 @@ class RetroEncoder(MegatronModule):
     """Bidirectional transformer over each neighbor (arXiv 2112.04426, §2.4).
 
     Layer 1 also attends to the decoder's hidden states of the chunk that retrieved the neighbor. It has its own token
-    embedding, so it can live on another pipeline stage than the decoder's, and its own width. Where the widths are equal
-    the two embeddings start equal: copying a retrieved token then needs no map between two vocabularies.
+    embedding, so it can live on another pipeline stage than the decoder's, and its own width. Where the widths are
+    equal the two embeddings start equal: copying a retrieved token then needs no map between two vocabularies.
 
     Args:
         config: the encoder's shape.
