@@ -234,11 +234,11 @@ class Cluster:
 
     def finish(self) -> tuple[int, str]:
         assert self.job
-        output, _ = self.job.communicate(timeout=90)
+        output, _ = self.job.communicate(timeout=150)
         return self.job.returncode, output
 
     def wait_until_started(self) -> None:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 150
         while len(list(self.results.glob("started-*"))) < 2:
             assert self.job and self.job.poll() is None, self.job.communicate()[0]
             assert time.monotonic() < deadline, "the workers do not start"
