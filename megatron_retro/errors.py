@@ -10,10 +10,15 @@ class UserError(ValueError):
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run a program's `main`; a `UserError` becomes one line on rank 0 and exit code 2 on every rank."""
+    """Run a program's `main`; a `UserError` becomes one line on rank 0 and exit code 2 on every rank.
+
+    Ctrl-C ends it with exit code 130.
+    """
     try:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

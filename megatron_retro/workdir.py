@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -148,6 +149,20 @@ def write_atomically(path: pathlib.Path, write: Callable[[BinaryIO], Any]) -> No
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def check_writable(flag: str, directory: pathlib.Path) -> None:
+    """Make a directory where something will be written later, so that a long run does not find out at its end.
+
+    Raises:
+        UserError: it cannot be made, or not be written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {directory} cannot be written to ({error.strerror}); give another directory") from None
 
 
 def sync_directory(path: pathlib.Path) -> None:

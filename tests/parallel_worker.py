@@ -25,6 +25,8 @@ SPLIT = (1.0, 0.0, 0.0)
 class EveryOther:
     """Neighbors by arithmetic: some near, some of the own document (to be dropped), some missing."""
 
+    num_neighbors = 4
+
     def __init__(self, num_chunks: int):
         self.num_chunks = num_chunks
 

@@ -17,6 +17,8 @@ CHUNK, CHUNKS, VOCAB, STEPS, BATCH = 8, 8, 32, 70, 16
 class Twins:
     """Every document of random tokens exists twice; a chunk's neighbor is the same chunk of its twin."""
 
+    num_neighbors = 1
+
     def __init__(self, num_chunks: int):
         self._num_chunks = num_chunks
 

@@ -22,7 +22,7 @@ class Fixed:
     """Neighbors as given, [num_chunks, K_saved]."""
 
     def __init__(self, ids: np.ndarray):
-        self._ids = ids
+        self._ids, self.num_neighbors = ids, ids.shape[1]
 
     def ids(self, chunks: np.ndarray) -> np.ndarray:
         return self._ids[chunks]

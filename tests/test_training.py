@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from launch import ROOT, command, environment, run
 
+from megatron_retro.config.flags import parse
+from megatron_retro.config.training import PretrainConfig
 from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.errors import UserError
 from megatron_retro.training.data import TrainingData, check_split, corpus_weights
@@ -210,12 +212,39 @@ def test_bad_layout_ends_every_rank_with_one_line(small_work: pathlib.Path) -> N
 
 
 @pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--train-iters", 0),
+        ("--lr", -1.0),
+        ("--clip-grad", -1.0),
+        ("--adam-beta2", 1.0),
+        ("--hidden-dropout", 1.0),
+        ("--micro-batch-size", 0),
+        ("--global-batch-size", 3),
+        ("--eval-iters", -1),
+        ("--retro-retrieval-dropout", 1.5),
+        ("--retro-layers", "5"),
+        ("--pipeline-model-parallel-size", 2),
+        ("--num-attention-heads", 5),
+    ],
+)
+def test_values_out_of_range_name_their_flag(flag: str, value: object) -> None:
+    config = parse(
+        PretrainConfig, ["--retro-work-dir", "x", "--num-layers", "4", "--hidden-size", "64", flag, str(value)]
+    )
+    with pytest.raises(UserError, match=flag):
+        config.finish(world_size=2 if "pipeline" not in flag else 1)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--retro-work-dir", "/nowhere"], "--retro-work-dir /nowhere holds no manifest.json"),
         (["--seq-length", 100], "--seq-length 100 is no multiple of the work dir's chunk length 64"),
         (["--data-path", "other"], "no corpus 'other'; it has my_text_data"),
         (["--split", "50,25,25"], "--split 50,25,25 differs from the work dir's 80,10,10"),
+        (["--retro-num-neighbors", 11], "--retro-num-neighbors 11 is more than the 10 that the work dir holds"),
+        (["--save", "/proc/nowhere"], "--save /proc/nowhere cannot be written to"),
     ],
 )
 def test_flags_that_do_not_fit_the_work_dir(small_work: pathlib.Path, arguments: list, message: str) -> None:

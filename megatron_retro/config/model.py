@@ -125,6 +125,9 @@ class ModelConfig:
             self.init_method_std is None
         ):  # Nguyen and Salazar, arXiv 1910.05895; 0.02 leaves small models' attention flat
             self.init_method_std = math.sqrt(2 / (5 * self.hidden_size))
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{flag_name(name)} is {getattr(self, name)}; it lies from 0 to below 1")
         if self.max_position_embeddings is None:
             self.max_position_embeddings = self.seq_length
         if self.max_position_embeddings < self.seq_length:

@@ -80,6 +80,7 @@ class PretrainConfig:
             if (value := getattr(self.run, name)) is not None and value < 1:
                 raise UserError(f"{flag_name(name)} is {value}; it must be at least 1")
         self._finish_batch(world_size)
+        self._check_ranges()
 
     def finish_with_data(self, num_samples: int) -> None:
         """Fill in what follows from the number of training samples; check the schedule."""
@@ -107,6 +108,22 @@ class PretrainConfig:
     def active_retro(self) -> RetroConfig | None:
         """The retrieval flags where the model retrieves, else None."""
         return self.retro if self.retro.retro_add_retriever else None
+
+    def _check_ranges(self) -> None:
+        optimization, run = self.optimization, self.run
+        for name in ("train_iters", "lr_decay_iters"):
+            if (value := getattr(optimization, name)) is not None and value < 1:
+                raise UserError(f"{flag_name(name)} is {value}; it must be at least 1")
+        for name in ("lr", "min_lr", "lr_warmup_iters", "weight_decay", "adam_eps", "clip_grad"):
+            if (value := getattr(optimization, name)) is not None and not 0 <= value < float("inf"):
+                raise UserError(f"{flag_name(name)} is {value}; it cannot be negative")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(optimization, name) < 1:
+                raise UserError(f"{flag_name(name)} is {getattr(optimization, name)}; it lies from 0 to below 1")
+        if run.eval_iters < 0:
+            raise UserError(f"--eval-iters is {run.eval_iters}; it takes 0 (no evaluation) or more")
+        if run.exit_duration_in_mins is not None and run.exit_duration_in_mins <= 0:
+            raise UserError(f"--exit-duration-in-mins is {run.exit_duration_in_mins}; it must be above 0")
 
     def _finish_batch(self, world_size: int) -> None:
         parallel, optimization = self.parallel, self.optimization

@@ -22,7 +22,13 @@ _DOCUMENT_STREAM, _SAMPLE_STREAM, _NEIGHBOR_STREAM = range(3)
 
 
 class NeighborSource(Protocol):
-    """What samples need of a neighbor table."""
+    """What samples need of a neighbor table.
+
+    Attributes:
+        num_neighbors: K_saved.
+    """
+
+    num_neighbors: int
 
     def ids(self, chunks: np.ndarray) -> np.ndarray:
         """[n] int64 chunk ids → [n, K_saved] int64 neighbor ids, nearest first, -1 for none."""

@@ -12,7 +12,7 @@ from megatron_retro.data.samples import RETRIEVAL_MODES
 from megatron_retro.inference.loading import check_same_tokenizer, load_trained
 from megatron_retro.training.data import TrainingData
 from megatron_retro.training.evaluation import predicted_bytes, sample_losses, summarize
-from megatron_retro.workdir import write_atomically
+from megatron_retro.workdir import check_writable, write_atomically
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -30,6 +30,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         parallel.pipeline_model_parallel_size,
         timeout_minutes=parallel.distributed_timeout_minutes,
     )
+    if flags.output:
+        directory = pathlib.Path(flags.output).absolute().parent
+        distributed.together(lambda: check_writable("--output", directory))
     trained = load_trained(flags.load, parallel)
     work_dir = flags.retro_work_dir
     data = distributed.together(lambda: TrainingData.open(work_dir, retrieve=trained.retro is not None))

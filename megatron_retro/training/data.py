@@ -71,20 +71,26 @@ class TrainingData:
         num_samples: int | None,
         training: bool,
     ) -> Samples:
-        """Samples of a split; training applies retrieval dropout, evaluation keeps the rest of an epoch.
+        """Samples of a split. Training weights corpora and hides neighbors; evaluation reads each sample once.
 
         Raises:
-            UserError: --seq-length is no multiple of the chunk length, --data-path names no corpus, or the split is
-                too small.
+            UserError: --seq-length is no multiple of the chunk length, --data-path names no corpus, the work dir has
+                fewer neighbors than asked for, or the split is too small.
         """
         chunk_length = self.table.chunk_length
         if seq_length % chunk_length:
             raise UserError(f"--seq-length {seq_length} is no multiple of the work dir's chunk length {chunk_length}")
+        weights = corpus_weights(self.table, data.data_path)
+        if retro and self.neighbors and retro.retro_num_neighbors > self.neighbors.num_neighbors:
+            raise UserError(
+                f"--retro-num-neighbors {retro.retro_num_neighbors} is more than the {self.neighbors.num_neighbors} "
+                "that the work dir holds for each chunk; build one with a larger --retro-query-num-neighbors-save"
+            )
         return Samples(
             self.table,
             split=split,
             split_weights=self.split_weights,
-            corpus_weights=corpus_weights(self.table, data.data_path),
+            corpus_weights=weights if training or weights is None else dict.fromkeys(weights, 0.0),  # each sample once
             chunks_a_sample=seq_length // chunk_length,
             seed=data.seed if training else 0,
             pad=self.pad,

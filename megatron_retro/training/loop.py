@@ -1,5 +1,7 @@
 """The training run, from flags to last checkpoint, read from top to bottom."""
 
+import functools
+import pathlib
 import signal
 import time
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from megatron_retro.training import checkpoint
 from megatron_retro.training.data import TrainingData, check_split
 from megatron_retro.training.evaluation import boundary_length, forward_step, sample_losses
 from megatron_retro.training.log import RunLog
+from megatron_retro.workdir import check_writable
 
 
 def train(config: PretrainConfig) -> None:
@@ -35,6 +38,10 @@ def train(config: PretrainConfig) -> None:
         parallel.pipeline_model_parallel_size,
         timeout_minutes=parallel.distributed_timeout_minutes,
     )
+
+    for flag, directory in (("--save", run.save), ("--tensorboard-dir", run.tensorboard_dir)):
+        if directory:
+            distributed.together(functools.partial(check_writable, flag, pathlib.Path(directory)))
 
     # ---- data
     assert config.retro.retro_work_dir and config.model.seq_length
@@ -115,6 +122,9 @@ def train(config: PretrainConfig) -> None:
         }
         log.say(f"validation  {'  '.join(f'{mode} {loss:.4f}' for mode, loss in losses.items())}")
         log.write(iteration, {f"valid_loss_{mode}": loss for mode, loss in losses.items()})
+
+    if iteration >= optimization.train_iters:
+        log.say(f"nothing to do: --train-iters {optimization.train_iters} are done")
 
     # ---- the loop
     stop = _StopSignal()
