@@ -26,10 +26,10 @@ pretrain=(
     --config examples/quickstart/retro.yaml --retro-work-dir quickstart/work
     --save quickstart/checkpoints --load quickstart/checkpoints
 )
-(($(trained) >= 600)) || run "${pretrain[@]}" --tensor-model-parallel-size 2 --exit-interval $((600 - $(trained)))
+(($(trained) >= 450)) || run "${pretrain[@]}" --tensor-model-parallel-size 2 --exit-interval $((450 - $(trained)))
 
 # 4. Resume from that checkpoint at another layout, every sample on one of the two ranks (data parallel), and finish.
-(($(trained) >= 900)) || run "${pretrain[@]}"
+(($(trained) >= 700)) || run "${pretrain[@]}"
 
 # 5. Evaluate on the valid split, over the same tokens: neighbors on, off, and random ones.
 run torchrun --nproc-per-node 2 tools/evaluate_retro.py --load quickstart/checkpoints \
