@@ -152,14 +152,14 @@ def write_atomically(path: pathlib.Path, write: Callable[[BinaryIO], Any]) -> No
 
 
 def check_writable(flag: str, directory: pathlib.Path) -> None:
-    """Make a directory where something will be written later, so that a long run does not find out at its end.
+    """Check that a directory can be written to, or made, so that a long run does not find out at its end.
 
     Raises:
-        UserError: it cannot be made, or not be written to.
+        UserError: it cannot.
     """
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise UserError(f"{flag} {directory} cannot be written to ({error.strerror}); give another directory") from None

@@ -292,3 +292,8 @@ def test_a_corpus_without_text_or_without_train_documents_is_refused(tmp_path):
     write_jsonl(file, ["a few words in one document"])
     with pytest.raises(UserError, match=r"--split 0\.001,1\.0,0\.0 leaves no document of 1 for train"):
         build(tmp_path / "split", "--input", str(file), "--vocab-size", "400", "--split", "0.001,1,0")
+
+
+def test_an_unwritable_work_dir_is_one_line(small_input):
+    with pytest.raises(UserError, match="--retro-work-dir /proc/nowhere cannot be written to"):
+        build(pathlib.Path("/proc/nowhere"), "--input", str(small_input), *SMALL)

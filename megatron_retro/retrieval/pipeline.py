@@ -15,7 +15,7 @@ from megatron_retro.config.preprocessing import PreprocessConfig, check_given, s
 from megatron_retro.errors import UserError
 from megatron_retro.retrieval.corpora import check_sources, open_tokenizer, tokenize
 from megatron_retro.retrieval.progress import Progress, duration, say
-from megatron_retro.workdir import WorkDir
+from megatron_retro.workdir import WorkDir, check_writable
 
 Advance = Callable[[int], None]  # told how many units of work were done
 
@@ -42,6 +42,7 @@ def preprocess(config: PreprocessConfig) -> None:
         return
     distributed.init_gloo(timeout_minutes=60 * _HOURS_A_TASK)
     _use_this_ranks_share()
+    distributed.together(lambda: check_writable("--retro-work-dir", work.path))
     work.on_rank_0(lambda: work.verify(tuple(work.manifest["stages"])))
     for task in distributed.all_gather(todo)[0]:
         start = time.monotonic()
