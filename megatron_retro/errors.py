@@ -19,6 +19,13 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _leave(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(130)
+
+
+def _leave(code: int) -> None:
+    """End at once: a process group's threads, waiting for other ranks, may crash or hang the interpreter's shutdown."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
