@@ -2,7 +2,11 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
+
+
+_SECONDS_FOR_RANK_0 = 5.0  # to say what it has found as well
 
 
 class UserError(ValueError):
@@ -10,15 +14,19 @@ class UserError(ValueError):
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run a program's `main`; a `UserError` becomes one line on rank 0 and exit code 2 on every rank.
+    """Run a program's `main`; a `UserError` becomes one line and exit code 2 on every rank.
 
-    Ctrl-C ends it with exit code 130.
+    Rank 0 prints the line. Launchers end all ranks when one has ended, so the others leave a little later; one that
+    is still there by then has found what rank 0 did not, and prints it. Ctrl-C ends with exit code 130.
     """
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(_SECONDS_FOR_RANK_0)
+        where = "" if rank == "0" else f"rank {rank}: "
+        print(f"{os.path.basename(sys.argv[0])}: error: {where}{error}", file=sys.stderr, flush=True)
         _leave(2)
     except KeyboardInterrupt:
         _leave(130)

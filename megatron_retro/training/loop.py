@@ -25,12 +25,11 @@ from megatron_retro.workdir import check_writable
 
 
 def train(config: PretrainConfig) -> None:
-    """Train as `config` says; every rank calls it.
+    """Train as `config`, finished, says; every rank calls it.
 
     Raises:
         UserError: flags, work dir or checkpoint do not fit together.
     """
-    config.finish(distributed.world_size())
     parallel, run = config.parallel, config.run
     distributed.use_this_ranks_share()
     mcore.initialize(
