@@ -68,14 +68,19 @@ class ChunkTable:
         chunk_length: C, tokens a chunk.
         first_chunk: [num_documents + 1] int64, first chunk id of each document.
         corpus_documents: [num_corpora + 1] int64, first document id of each corpus.
+        removed: [num_documents] bool, documents that are in no split any more.
     """
 
-    def __init__(self, corpora: list[Corpus], chunk_length: int):
+    def __init__(self, corpora: list[Corpus], chunk_length: int, removed: np.ndarray | None = None):
+        """`removed` holds document ids (int64)."""
         self.corpora, self.chunk_length = corpora, chunk_length
         self.corpus_documents = np.cumsum([0] + [len(corpus.length) for corpus in corpora])
         self._start = np.concatenate([corpus.start for corpus in corpora])
         self._length = np.concatenate([corpus.length for corpus in corpora])
         self.first_chunk = running_sum(-(-self._length // chunk_length))
+        self.removed = np.zeros(len(self._length), bool)
+        if removed is not None:
+            self.removed[removed] = True
 
     @classmethod
     def open(cls, work: WorkDir) -> "ChunkTable":
@@ -88,7 +93,9 @@ class ChunkTable:
             Corpus.open(entry["name"], str(work.path / entry["prefix"]), entry["weight"])
             for entry in work.facts("corpus")["corpora"]
         ]
-        table = cls(corpora, work.facts("chunks")["chunk_length"])
+        facts = work.facts("chunks")
+        removed = np.load(work.path / facts["removed"], allow_pickle=False) if facts.get("removed") else None
+        table = cls(corpora, facts["chunk_length"], removed)
         for number, corpus in enumerate(corpora):
             stored = np.load(work.path / "chunks" / f"{corpus.name}.npy", allow_pickle=False)
             begin, end = table.corpus_documents[number : number + 2]
@@ -121,6 +128,11 @@ class ChunkTable:
     def document(self, chunk: np.ndarray) -> np.ndarray:
         """The document of each chunk id (same shape, int64)."""
         return np.searchsorted(self.first_chunk, chunk, side="right") - 1
+
+    def document_chunks(self, chunk: np.ndarray) -> np.ndarray:
+        """[n] chunk ids -> [n, 2] int64: first chunk id of each one's document and of the next document."""
+        document = self.document(chunk)
+        return np.stack([self.first_chunk[document], self.first_chunk[document + 1]], axis=1)
 
     def is_last(self, chunk: np.ndarray) -> np.ndarray:
         """Whether each chunk is the last of its document (same shape, bool)."""
@@ -157,7 +169,7 @@ class ChunkTable:
         return tokens, length
 
     def documents_in(self, split: str, weights: tuple[float, ...]) -> np.ndarray:
-        """Ids of the documents in a split, ascending (int64).
+        """Ids of the documents in a split, ascending (int64); removed ones are in none.
 
         A document's split follows from its number in its corpus alone (Fibonacci hashing: evenly spread, exact to
         about one document, unchanged when the corpus grows).
@@ -170,11 +182,28 @@ class ChunkTable:
         local = np.concatenate([np.arange(len(corpus.length)) for corpus in self.corpora])
         share = ((local.astype(np.uint64) + np.uint64(1)) * _FIBONACCI >> np.uint64(11)).astype(np.float64) / 2**53
         number = SPLITS.index(split)
-        return np.flatnonzero((bounds[number] <= share) & (share < bounds[number + 1]))
+        return np.flatnonzero((bounds[number] <= share) & (share < bounds[number + 1]) & ~self.removed)
 
     def chunks_of(self, documents: np.ndarray) -> np.ndarray:
         """The chunk ids of documents, document after document (int64)."""
         return ranges(self.first_chunk[documents], self.first_chunk[documents + 1])
+
+
+class Stream:
+    """The chunks of documents laid end to end: from stream position to chunk id, in O(documents) memory."""
+
+    def __init__(self, table: ChunkTable, documents: np.ndarray):
+        self._first_chunk = table.first_chunk[documents]
+        self._begin = running_sum(table.first_chunk[documents + 1] - self._first_chunk)
+
+    def __len__(self) -> int:
+        return int(self._begin[-1])
+
+    def chunks(self, position: np.ndarray) -> np.ndarray:
+        """The chunk at each stream position (same shape, int64); -1 behind the end."""
+        inside = np.minimum(position, len(self) - 1)
+        document = np.searchsorted(self._begin, inside, side="right") - 1
+        return np.where(position < len(self), self._first_chunk[document] + inside - self._begin[document], -1)
 
 
 def running_sum(counts: np.ndarray) -> np.ndarray:

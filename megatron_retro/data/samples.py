@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_retro.data.chunks import ChunkTable, running_sum
+from megatron_retro.data.chunks import ChunkTable, Stream
 from megatron_retro.errors import UserError
 
 RETRIEVAL_MODES = ("on", "off", "random")
@@ -63,23 +63,6 @@ class Batch:
             if isinstance(getattr(self, field.name), Tensor)
         }
         return dataclasses.replace(self, **moved)
-
-
-class Stream:
-    """The chunks of documents laid end to end: from stream position to chunk id, in O(documents) memory."""
-
-    def __init__(self, table: ChunkTable, documents: np.ndarray):
-        self._first_chunk = table.first_chunk[documents]
-        self._begin = running_sum(table.first_chunk[documents + 1] - self._first_chunk)
-
-    def __len__(self) -> int:
-        return int(self._begin[-1])
-
-    def chunks(self, position: np.ndarray) -> np.ndarray:
-        """The chunk at each stream position (same shape, int64); -1 behind the end."""
-        inside = np.minimum(position, len(self) - 1)
-        document = np.searchsorted(self._begin, inside, side="right") - 1
-        return np.where(position < len(self), self._first_chunk[document] + inside - self._begin[document], -1)
 
 
 class CorpusSamples:

@@ -10,56 +10,55 @@ import itertools
 import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.errors import UserError
 from megatron_retro.retrieval.blocks import Block
+from megatron_retro.retrieval.database import Database
 from megatron_retro.retrieval.embedding import EmbeddingTable
 from megatron_retro.workdir import sync_directory
 
-EXACT_LIMIT = 300_000  # database chunks up to which a matrix product over all is cheaper than an index is good
+EXACT_LIMIT = 50_000  # database chunks up to which comparing with all costs little beside embedding
 
 _POINTS_A_LIST = 50  # training points; FAISS asks for 39 at least
 _POINTS_AT_LEAST = 16_384  # for the codebooks of quantizers
 
 
-def database_chunks(table: ChunkTable, weights: tuple[float, ...]) -> np.ndarray:
-    """Ids of the chunks that may be neighbors, ascending int64.
+def choose_factory(wanted: str, num_chunks: int, width: int, memory_gb: float) -> str:
+    """The factory string of "auto" by the database's size, else `wanted` itself.
+
+    RaBitQ codes take E/8 + 8 bytes and no training; the lists hold each chunk's id as well.
 
     Raises:
-        UserError: there are none.
+        UserError: not even these codes fit into `memory_gb`.
     """
-    chunks = table.chunks_of(table.documents_in("train", weights))
-    if not len(chunks):
-        raise UserError(f"--split {','.join(map(str, weights))} leaves no document of {table.num_documents} for train")
-    return chunks
-
-
-def choose_factory(wanted: str, num_chunks: int, width: int) -> str:
-    """The factory string of "auto" by the database's size, else `wanted` itself."""
     if wanted != "auto":
         return wanted
     if num_chunks <= EXACT_LIMIT:
         return "Flat"
-    num_lists = next((lists for most, lists in _LISTS if num_chunks <= most), _LISTS[-1][1])
-    codes = next(codes for codes in range(min(64, width), 0, -1) if width % codes == 0)
-    code = "SQ8" if num_chunks <= 10_000_000 else f"PQ{codes}"
-    return f"IVF{num_lists or 4 * math.isqrt(num_chunks)}_HNSW32,{code}"
+    num_lists = next((lists for most, lists in _LISTS if num_chunks <= most), _LISTS[-1][1]) or 4 * math.isqrt(num_chunks)
+    needed = (num_chunks * (width / 8 + 16) + num_lists * 4 * width) / 1e9
+    if needed > memory_gb:
+        raise UserError(
+            f"--retro-index-memory-gb {memory_gb:g} does not hold an index of {num_chunks} chunks: its smallest codes "
+            f"(RaBitQ, {width / 8 + 16:.0f} bytes a chunk) take {needed:.3g}; give at least that, or a --retro-index-str"
+        )
+    return f"IVF{num_lists}{'_HNSW32' if num_lists > _FLAT_QUANTIZER else ''},RaBitQ"
 
 
 _LISTS = ((1_000_000, 0), (10_000_000, 1 << 14), (100_000_000, 1 << 16), (1_000_000_000, 1 << 18))
+_FLAT_QUANTIZER = 4096  # lists up to which comparing with all centroids is as fast as a graph over them
 
 
 def auto_nprobe(num_lists: int) -> int:
-    """Neighbors of other documents lie far: 64 of 1,024 lists, 256 of 16,384, 1,024 of 262,144."""
+    """Before it is tuned. Neighbors of other documents lie far: 64 of 1,024 lists, 256 of 16,384, 1,024 of 262,144."""
     return min(num_lists, max(8, 2 * math.isqrt(num_lists)))
 
 
-def train_index(factory: str, embeddings: EmbeddingTable, database: np.ndarray, width: int, seed: int) -> Any:
+def train_index(factory: str, embeddings: EmbeddingTable, database: Database, width: int, seed: int) -> Any:
     """A trained, empty index that takes vectors with their ids.
 
     Raises:
@@ -98,12 +97,11 @@ def plan_shards(blocks: list[Block], num_shards: int) -> list[list[Block]]:
 
 
 def fill(
-    index: Any, blocks: list[Block], embeddings: EmbeddingTable, database: np.ndarray, advance: Callable[[int], None]
+    index: Any, blocks: list[Block], embeddings: EmbeddingTable, database: Database, advance: Callable[[int], None]
 ) -> None:
     """Add the database's chunks of `blocks`, under their chunk ids; `advance` is told the chunks of each block."""
     for block in blocks:
-        begin, end = np.searchsorted(database, (block.first, block.first + len(block)))
-        chunks = database[begin:end]
+        chunks = database.chunks_within(block.first, block.first + len(block))
         if len(chunks):
             index.add_with_ids(embeddings.rows(chunks).astype(np.float32), chunks)
         advance(len(block))
@@ -122,8 +120,8 @@ def write_index(path: pathlib.Path, index: Any) -> None:
     sync_directory(path.parent)
 
 
-def read_index(path: pathlib.Path, width: int) -> Any:
-    """Read an index of embeddings of `width`.
+def read_index(path: pathlib.Path, width: int, *, mapped: bool = False) -> Any:
+    """Read an index of embeddings of `width`; `mapped` leaves its codes on disk until they are looked at.
 
     Raises:
         UserError: it is no index, or of another width.
@@ -131,7 +129,7 @@ def read_index(path: pathlib.Path, width: int) -> Any:
     import faiss
 
     try:
-        index = faiss.read_index(str(path))
+        index = faiss.read_index(str(path), getattr(faiss, "IO_FLAG_MMAP_IFC", 0) if mapped else 0)
     except RuntimeError as error:
         raise UserError(f"{path} is not a FAISS index ({_reason(error)}); restore it from a backup") from None
     if index.d != width:
@@ -142,11 +140,45 @@ def read_index(path: pathlib.Path, width: int) -> Any:
     return index
 
 
-def _sample(index: Any, embeddings: EmbeddingTable, database: np.ndarray, seed: int) -> np.ndarray:
+class Shards:
+    """An index's shards, opened one after the other, so that one at a time is in memory.
+
+    Args:
+        paths: their files.
+        width: E.
+        parameters: FAISS's search-time parameters, name -> value.
+        keep_open: keep all in memory, for queries that come one by one.
+    """
+
+    def __init__(
+        self, paths: list[pathlib.Path], width: int, parameters: dict[str, int] | None = None, *, keep_open: bool = False
+    ):
+        self.paths, self._width, self._parameters = paths, width, parameters or {}
+        self._open: dict[pathlib.Path, Any] | None = {} if keep_open or len(paths) == 1 else None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._shard, self.paths)
+
+    def _shard(self, path: pathlib.Path) -> Any:
+        import faiss
+
+        if self._open is not None and path in self._open:
+            return self._open[path]
+        index = read_index(path, self._width, mapped=True)
+        for name, value in self._parameters.items():
+            faiss.ParameterSpace().set_index_parameter(index, name, value)
+        if self._open is not None:
+            self._open[path] = index
+        return index
+
+
+def _sample(index: Any, embeddings: EmbeddingTable, database: Database, seed: int) -> np.ndarray:
     lists = inverted_lists(index)
     wanted = max(_POINTS_AT_LEAST, _POINTS_A_LIST * lists.nlist if lists is not None else 0)
-    chosen = np.random.default_rng(seed).choice(len(database), min(wanted, len(database)), replace=False)
-    return embeddings.rows(database[np.sort(chosen)]).astype(np.float32)
+    return embeddings.rows(database.sample(wanted, seed)).astype(np.float32)
 
 
 def _reason(error: RuntimeError) -> str:
