@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable
 
-
 _SECONDS_FOR_RANK_0 = 5.0  # to say what it has found as well
 
 

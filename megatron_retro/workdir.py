@@ -9,9 +9,14 @@
     neighbors/<name>/<a>-<b>.*.npy  ids [b-a, K_saved] int64 (-1: none), distances [b-a, K_saved] float32
     report/                         figures for people
 
+The directories of chunks, embeddings, index and neighbors carry a number (`neighbors.2/`) where documents were added or
+removed since the work dir was first built; `WorkDir.directory` knows. Such a change is prepared beside the manifest in
+`manifest.next.json`, which then takes its name: a reader sees the old state or the new one.
+
 A stage's record holds `facts` (plain values), `files` (path -> fingerprint), `parent` (the digest of the stage before
 it) and `digest` (of all three): a chain, so exchanging anything is seen. Records are written last: existence means
-complete. Nothing in a work dir is ever deleted or overwritten by a different value.
+complete. Nothing in a work dir is overwritten by a different value, and only the task `compact` deletes: files that no
+record names any more.
 """
 
 import hashlib
@@ -29,6 +34,7 @@ from megatron_retro.errors import UserError
 
 STAGES = ("tokenizer", "corpus", "chunks", "embeddings", "index", "neighbors")
 FORMAT_VERSION = 1
+NEXT = "manifest.next.json"
 
 _WINDOW_BYTES, _NUM_WINDOWS = 1 << 16, 64
 
@@ -36,18 +42,22 @@ _WINDOW_BYTES, _NUM_WINDOWS = 1 << 16, 64
 class WorkDir:
     """A `--retro-work-dir`: its manifest's settings and stage records.
 
+    Args:
+        path: the directory.
+        manifest_name: the file to read and write; `NEXT` for a change that is being prepared.
+
     Raises:
         UserError: the manifest is not readable as one of this version.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = pathlib.Path(path)
+    def __init__(self, path: str | os.PathLike, manifest_name: str = "manifest.json"):
+        self.path, self._manifest_name = pathlib.Path(path), manifest_name
         self.manifest: dict[str, Any] = {"version": FORMAT_VERSION, "settings": {}, "stages": {}}
         self.reload()
 
     def reload(self) -> None:
         """Read the manifest again, after another rank wrote it."""
-        file = self.path / "manifest.json"
+        file = self.path / self._manifest_name
         if not file.exists():
             return
         try:
@@ -71,7 +81,16 @@ class WorkDir:
     def write(self) -> None:
         """Write the manifest (by one rank)."""
         text = json.dumps(self.manifest, indent=1, sort_keys=True)
-        write_atomically(self.path / "manifest.json", lambda file: file.write(text.encode()))
+        write_atomically(self.path / self._manifest_name, lambda file: file.write(text.encode()))
+
+    def publish(self) -> None:
+        """Let this manifest take the place of `manifest.json` (by one rank)."""
+        os.replace(self.path / self._manifest_name, self.path / "manifest.json")
+        sync_directory(self.path)
+
+    def directory(self, stage: str) -> pathlib.Path:
+        """Where the files of a stage lie."""
+        return self.path / self.settings.get("directories", {}).get(stage, stage)
 
     def has(self, stage: str) -> bool:
         return stage in self.manifest["stages"]
@@ -176,6 +195,10 @@ def sync_directory(path: pathlib.Path) -> None:
 
 def save_npy(path: pathlib.Path, array: np.ndarray) -> None:
     write_atomically(path, lambda file: np.save(file, array, allow_pickle=False))
+
+
+def load_npy(path: pathlib.Path) -> np.ndarray:
+    return np.load(path, allow_pickle=False)
 
 
 def fingerprint(path: pathlib.Path) -> str:

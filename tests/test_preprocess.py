@@ -112,11 +112,11 @@ def test_an_interrupted_build_goes_on_and_ends_alike(small_work, tmp_path, monke
 
     made, embed = [], embedding.Embedder.embed
 
-    def fail_at_the_third(self, texts, advance=lambda num_texts: None):
-        made.append(len(texts))
+    def fail_at_the_third(self, encoded, advance=lambda num_texts: None):
+        made.append(len(encoded))
         if len(made) == 3:
             raise KeyboardInterrupt
-        return embed(self, texts, advance)
+        return embed(self, encoded, advance)
 
     monkeypatch.setattr(embedding.Embedder, "embed", fail_at_the_third)
     with pytest.raises(KeyboardInterrupt):
@@ -132,18 +132,19 @@ def test_an_interrupted_build_goes_on_and_ends_alike(small_work, tmp_path, monke
 
 def test_an_interrupted_index_keeps_its_number_of_shards(small_work, tmp_path):
     work = copy_without(small_work, tmp_path / "work", "index", "neighbors")
-    work.settings["index_shards"] = 2  # as two ranks would have planned
+    ((_, num_chunks),) = work.settings["index_shards"]
+    work.settings["index_shards"] = [[0, 300], [300, num_chunks]]  # as two ranks would have planned
     work.write()
-    (work.path / "index" / "shard-0.faiss").unlink()
+    (work.path / "index" / f"shard-0-{num_chunks}.faiss").unlink()
     build(work.path)
-    assert WorkDir(work.path).facts("index")["shards"] == 2
+    assert WorkDir(work.path).facts("index")["shards"] == [[0, 300], [300, num_chunks]]
     assert arrays(work.path, "neighbors") == arrays(small_work, "neighbors")
 
 
 def test_tasks_can_be_run_one_by_one(small_input, small_work, tmp_path):
     work = copy_without(small_work, tmp_path / "work", "index", "neighbors")
     shutil.rmtree(work.path / "index")
-    for name in ("retro_index_str", "index_factory", "index_shards", "retro_index_nprobe"):
+    for name in ("retro_index_str", "index_factory", "index_shards", "retro_index_nprobe", "tuned"):
         del work.settings[name]
     work.write()
     with pytest.raises(UserError, match=r"index-train comes first"):

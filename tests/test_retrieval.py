@@ -6,15 +6,16 @@ import faiss
 import numpy as np
 import pytest
 
-from megatron_retro.data.chunks import ChunkTable
+from megatron_retro.data.chunks import ChunkTable, Corpus
 from megatron_retro.errors import UserError
-from megatron_retro.retrieval import neighbors as N
+from megatron_retro.retrieval import exact, join
 from megatron_retro.retrieval.blocks import RowTable, auto_block_size, is_complete, plan
+from megatron_retro.retrieval.database import Database
 from megatron_retro.retrieval.embedding import Embedder, EmbeddingTable, chunk_texts, resolve
+from megatron_retro.retrieval.exact import ExactSearch
 from megatron_retro.retrieval.index import (
-    auto_nprobe,
+    Shards,
     choose_factory,
-    database_chunks,
     fill,
     inverted_lists,
     plan_shards,
@@ -22,6 +23,11 @@ from megatron_retro.retrieval.index import (
     train_index,
     write_index,
 )
+from megatron_retro.retrieval.index_search import IndexSearch
+from megatron_retro.retrieval.join import ListJoin
+from megatron_retro.retrieval.neighbors import NeighborTable
+from megatron_retro.retrieval.ranking import check_neighbors, recall
+from megatron_retro.retrieval.tuning import tune_nprobe
 from megatron_retro.workdir import WorkDir
 
 
@@ -44,7 +50,10 @@ class Table:
         first = np.append(0, np.cumsum(sizes))
         document = np.repeat(np.arange(len(sizes)), sizes)
         self.own = np.stack([first[document], first[document + 1]], 1)
-        self.database = np.flatnonzero([in_database(number) for number in document])
+        self.members = np.flatnonzero([in_database(number) for number in document])
+        tokens = np.zeros(first[-1], np.uint16)  # one token a chunk
+        table = ChunkTable([Corpus("some", tokens, first[:-1], np.array(sizes), 0.0)], 1)
+        self.database = Database(table, np.flatnonzero([in_database(number) for number in range(len(sizes))]))
         vectors = generator.standard_normal((first[-1], width))
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         vectors[generator.random(len(vectors)) < 0.3] = vectors[0]
@@ -53,14 +62,18 @@ class Table:
         self.embeddings = types.SimpleNamespace(rows=lambda chunks: self.vectors[chunks])
 
     def truth(self, k):
-        return brute_force(self.vectors, self.vectors[self.database], self.database, self.own, k)
+        return brute_force(self.vectors, self.vectors[self.members], self.members, self.own, k)
 
-    def shards(self, factory, num_shards):
-        trained = train_index(factory, self.embeddings, self.database, self.vectors.shape[1], 0)
-        shards = [faiss.clone_index(trained) for _ in range(num_shards)]
-        for shard, chunks in zip(shards, np.array_split(self.database, num_shards), strict=True):
+    def shards(self, directory, factory, num_shards):
+        width = self.vectors.shape[1]
+        trained = train_index(factory, self.embeddings, self.database, width, 0)
+        paths = []
+        for number, chunks in enumerate(np.array_split(self.members, num_shards)):
+            shard = faiss.clone_index(trained)
             shard.add_with_ids(self.vectors[chunks].astype(np.float32), chunks)
-        return shards
+            paths.append(directory / f"{number}.faiss")
+            write_index(paths[-1], shard)
+        return Shards(paths, width)
 
 
 def same(found, truth):
@@ -75,38 +88,43 @@ SIZES = (1, 300, 2, 57, 111, 1, 5, 400)
 
 @pytest.mark.parametrize("k", [1, 10])
 def test_exact_search_equals_brute_force_also_among_duplicates(k, monkeypatch):
-    monkeypatch.setattr(N, "_TILE", 100)
-    monkeypatch.setattr(N, "_QUERIES", 64)
+    monkeypatch.setattr(exact, "_TILE", 100)
+    monkeypatch.setattr(exact, "_QUERIES", 64)
     table = Table(SIZES, in_database=lambda document: document != 4)
-    found = N.ExactSearch(table.embeddings, table.database).search(table.vectors, table.own, k)
+    found = ExactSearch(table.embeddings, table.database).search(table.vectors, table.own, k)
     assert same(found, table.truth(k))
-    N.check_neighbors(*found, table.own, table.database)
+    check_neighbors(*found, table.own, table.database)
 
 
 def test_embeddings_that_are_not_normalized():
     table = Table(SIZES)
     table.vectors = (table.vectors * np.linspace(1, 50, len(table.vectors))[:, None]).astype(np.float16)
-    found = N.ExactSearch(table.embeddings, table.database).search(table.vectors, table.own, 5)
+    found = ExactSearch(table.embeddings, table.database).search(table.vectors, table.own, 5)
     assert same(found, table.truth(5))
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])
-def test_fewer_neighbors_only_when_there_are_no_more(factory):
+def test_fewer_neighbors_only_when_there_are_no_more(factory, tmp_path):
     alone = Table((70,))
     short = Table((60, 2, 3))
     for table in (alone, short):
-        found = search_of(table, factory, nprobe=4).search(table.vectors, table.own, 10)
-        assert same(found, table.truth(10))
-    assert (search_of(alone, factory).search(alone.vectors, alone.own, 10)[0] == -1).all()
-    ids, distances = search_of(short, factory).search(short.vectors, short.own, 10)
+        for search in searches_of(table, tmp_path, factory, nprobe=4):
+            assert same(search.search(table.vectors, table.own, 10), table.truth(10))
+    assert (alone.truth(10)[0] == -1).all()
+    ids, distances = short.truth(10)
     assert [(row >= 0).sum() for row in ids[[0, 60, 64]]] == [5, 10, 10]
     assert np.isinf(distances[0, 5:]).all() and np.isfinite(distances[0, :5]).all()
 
 
-def search_of(table, factory, nprobe=1, num_shards=1):
+def searches_of(table, directory, factory, nprobe=1, num_shards=1):
+    """Every search that can use such an index."""
     if factory == "Flat":
-        return N.ExactSearch(table.embeddings, table.database)
-    return N.IndexSearch(table.shards(factory, num_shards), table.embeddings, table.database, nprobe)
+        return [ExactSearch(table.embeddings, table.database)]
+    shards = table.shards(directory, factory, num_shards)
+    searches = [IndexSearch(shards, table.embeddings, table.database, nprobe)]
+    if inverted_lists(next(iter(shards))) is not None:
+        searches.append(ListJoin(shards, table.embeddings, table.database, nprobe, "cpu"))
+    return searches
 
 
 def test_checks_of_the_result_see_what_they_are_for():
@@ -121,7 +139,7 @@ def test_checks_of_the_result_see_what_they_are_for():
         else:
             wrong_distances[3] = wrong_distances[3, ::-1] + [2, 1, 0]
         with pytest.raises(AssertionError):
-            N.check_neighbors(wrong_ids, wrong_distances, table.own, table.database)
+            check_neighbors(wrong_ids, wrong_distances, table.own, table.database)
 
 
 # ------------------------------------------------------------------------------------------------ search by index
@@ -129,10 +147,13 @@ def test_checks_of_the_result_see_what_they_are_for():
 
 @pytest.mark.parametrize("factory", ["IVF16,Flat", "OPQ1,IVF16,Flat", "PCA16,IVF8,Flat", "IVF16_HNSW8,Flat"])
 @pytest.mark.parametrize("num_shards", [1, 3])
-def test_full_nprobe_equals_brute_force(factory, num_shards):
+def test_full_nprobe_equals_brute_force(factory, num_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(join, "_SLAB", 64)
+    monkeypatch.setattr(join, "_PENDING", 1000)
+    monkeypatch.setattr(join, "_COARSE_QUERIES", 100)
     table = unique(SIZES)
-    search = search_of(table, factory, nprobe=16, num_shards=num_shards)
-    assert same(search.search(table.vectors, table.own, 10), table.truth(10))
+    for search in searches_of(table, tmp_path, factory, nprobe=16, num_shards=num_shards):
+        assert same(search.search(table.vectors, table.own, 10), table.truth(10))
 
 
 def unique(sizes):
@@ -144,37 +165,89 @@ def unique(sizes):
 
 
 @pytest.mark.parametrize("factory", ["IVF16,SQ8", "IVF16,PQ17x4", "HNSW16,Flat", "SQ8"])
-def test_compressed_and_graph_indexes_find_most_and_nothing_of_the_own_document(factory):
+def test_compressed_and_graph_indexes_find_most_and_nothing_of_the_own_document(factory, tmp_path):
     table = unique((*SIZES, 350))
-    found = search_of(table, factory, nprobe=8, num_shards=2).search(table.vectors, table.own, 10)
-    N.check_neighbors(*found, table.own, table.database)
-    assert N.recall(found[1], table.truth(10)[1]) > 0.8
+    for search in searches_of(table, tmp_path, factory, nprobe=8, num_shards=2):
+        found = search.search(table.vectors, table.own, 10)
+        check_neighbors(*found, table.own, table.database)
+        assert recall(found[1], table.truth(10)[1]) > 0.8
 
 
-def test_a_query_looks_into_more_lists_until_its_neighbors_are_there():
-    table = unique((500, 12))
-    ids, distances = search_of(table, "IVF32,Flat", nprobe=1).search(table.vectors[:500], table.own[:500], 10)
-    assert (ids >= 500).all() and np.isfinite(distances).all()
+@pytest.mark.parametrize("factory", ["IVF32,Flat", "HNSW16,Flat"])
+def test_a_document_with_more_chunks_than_candidates_finds_the_others(factory, tmp_path):
+    """600 chunks of one document lie nearer than the 12 of the other."""
+    table = unique((600, 12))
+    for search in searches_of(table, tmp_path, factory):
+        ids, distances = search.search(table.vectors[:600], table.own[:600], 10)
+        assert (ids >= 600).all() and np.isfinite(distances).all()
+        check_neighbors(ids, distances, table.own[:600], table.database)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,RaBitQ", "HNSW16,Flat"])
+def test_a_corpus_of_identical_documents(factory, tmp_path):
+    """Every distance is 0: neighbors are of other documents, as many as asked for."""
+    table = Table((30,) * 12)
+    table.vectors[:] = table.vectors[0]
+    for search in searches_of(table, tmp_path, factory, nprobe=2):
+        ids, distances = search.search(table.vectors, table.own, 10)
+        check_neighbors(ids, distances, table.own, table.database)
+        assert (distances == 0).all()
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,RaBitQ", "OPQ1,IVF8,SQ8", "HNSW16,Flat"])
+def test_chunks_that_left_the_database_are_passed_over(factory, tmp_path):
+    """The shards still hold their codes."""
+    table = unique(SIZES)
+    before = table.shards(tmp_path, factory, 2) if factory != "Flat" else None
+    after = unique(SIZES)
+    later = Table(SIZES, in_database=lambda document: document not in (1, 3))
+    after.database, after.members = later.database, later.members
+    searches = [ExactSearch(after.embeddings, after.database)]
+    if before:
+        searches = [IndexSearch(before, after.embeddings, after.database, 8)]
+        if inverted_lists(next(iter(before))) is not None:
+            searches.append(ListJoin(before, after.embeddings, after.database, 8, "cpu"))
+    for search in searches:
+        found = search.search(after.vectors, after.own, 5)
+        check_neighbors(*found, after.own, after.database)
+        assert recall(found[1], after.truth(5)[1]) > 0.9
+
+
+def test_the_fewest_probes_that_reach_the_target(tmp_path):
+    """The recall that is promised for an nprobe is the one that a join with it has."""
+    table = unique((*SIZES, 350, 200))
+    shards, chunks = table.shards(tmp_path, "IVF32,Flat", 2), np.arange(0, 1400, 3)
+    queries, own = table.vectors[chunks], table.own[chunks]
+    ids, distances = (rows[chunks] for rows in table.truth(2))
+    recalls = {}
+    for nprobe in range(1, 33):
+        found = ListJoin(shards, table.embeddings, table.database, nprobe, "cpu").search(queries, own, 2)[1]
+        recalls[nprobe] = recall(found, distances)
+    for target in (0.5, 0.9, 0.97):
+        nprobe, promised = tune_nprobe(next(iter(shards)), table.embeddings, chunks, ids, target)
+        assert promised == pytest.approx(recalls[nprobe], abs=0.005) and promised >= target
+        assert recalls[max(1, nprobe - 3)] < target + 0.05
+    assert tune_nprobe(next(iter(shards)), table.embeddings, chunks, ids, 1.0)[0] <= 32
 
 
 def test_recall_counts_equally_near_neighbors_and_only_those():
     truth = np.array([[1, 2], [1, np.inf]], np.float32)
-    assert N.recall(truth, truth) == 1
-    assert N.recall(np.array([[1, 3], [1, np.inf]], np.float32), truth) == pytest.approx(2 / 3)
-    assert N.recall(np.full((2, 2), np.inf, np.float32), truth) == 0
+    assert recall(truth, truth) == 1
+    assert recall(np.array([[1, 3], [1, np.inf]], np.float32), truth) == pytest.approx(2 / 3)
+    assert recall(np.full((2, 2), np.inf, np.float32), truth) == 0
 
 
 # ------------------------------------------------------------------------------------------------ index
 
 
-def test_auto_index_by_size():
-    assert choose_factory("auto", 300_000, 384) == "Flat"
-    assert choose_factory("auto", 640_000, 384) == "IVF3200_HNSW32,SQ8"
-    assert choose_factory("auto", 5_000_000, 384) == "IVF16384_HNSW32,SQ8"
-    assert choose_factory("auto", 50_000_000, 384) == "IVF65536_HNSW32,PQ64"
-    assert choose_factory("auto", 10**12, 1000) == "IVF262144_HNSW32,PQ50"
-    assert choose_factory("IVF5,Flat", 10, 384) == "IVF5,Flat"
-    assert [auto_nprobe(lists) for lists in (4, 1024, 262_144)] == [4, 64, 1024]
+def test_auto_index_by_size_and_memory():
+    assert choose_factory("auto", 50_000, 384, 1e-9) == "Flat"
+    assert choose_factory("auto", 640_000, 384, 1) == "IVF3200,RaBitQ"
+    assert choose_factory("auto", 5_000_000, 384, 1) == "IVF16384_HNSW32,RaBitQ"
+    assert choose_factory("auto", 50_000_000, 384, 10) == "IVF65536_HNSW32,RaBitQ"
+    assert choose_factory("IVF5,Flat", 10, 384, 1e-9) == "IVF5,Flat"
+    with pytest.raises(UserError, match=r"--retro-index-memory-gb 3 holds no index of 50000000 .* take 3\.3; give"):
+        choose_factory("auto", 50_000_000, 384, 3)
 
 
 @pytest.mark.parametrize("factory", ["IVF16,Nonsense", "PQ5", "IVF5000,Flat", "IVF4,Flat,Refine(Flat)", ""])
@@ -204,11 +277,31 @@ def test_shards_cover_the_database_once(small_work):
         index = faiss.IndexIDMap2(faiss.IndexFlatL2(384))
         fill(index, blocks, embeddings, database, lambda num_chunks: None)
         ids += faiss.vector_to_array(index.id_map).tolist()
-    assert ids == database.tolist()
+    assert ids == all_chunks(database).tolist()
 
 
 def database_of(work):
-    return database_chunks(ChunkTable.open(work), tuple(work.facts("chunks")["split"]))
+    return Database.open(ChunkTable.open(work), tuple(work.facts("chunks")["split"]))
+
+
+def all_chunks(database):
+    return database.chunks(0, len(database))
+
+
+def test_a_database_knows_its_chunks():
+    table = Table(SIZES, in_database=lambda document: document in (1, 3, 5))
+    database, members = table.database, table.members
+    assert np.array_equal(all_chunks(database), members) and len(database) == 358
+    assert np.array_equal(database.chunks(250, 320), members[250:320])
+    assert np.array_equal(database.chunks_within(200, 340), members[(200 <= members) & (members < 340)])
+    assert np.array_equal(database.holds(np.arange(877)), np.isin(np.arange(877), members))
+    assert database.num_foreign(np.array([[0, 1], [1, 301], [303, 360], [0, 0], [877, 877]])).tolist() == [
+        358, 58, 301, 358, 358,
+    ]  # fmt: skip
+    for count in (1, 50, 358, 1000):
+        sample = database.sample(count, seed=3)
+        assert len(np.unique(sample)) == len(sample) == min(count, 358) and np.isin(sample, members).all()
+    assert abs(np.mean(database.sample(50, seed=1) - members[::7][:50])) < 30  # from everywhere, not the first
 
 
 # ------------------------------------------------------------------------------------------------ blocks
@@ -252,21 +345,20 @@ def test_saved_neighbors_equal_brute_force(small_work):
     work = WorkDir(small_work)
     table, embeddings, database = ChunkTable.open(work), EmbeddingTable(work), database_of(work)
     chunks = np.arange(table.num_chunks)
-    own = N.own_chunks(table, chunks)
-    truth = brute_force(embeddings.rows(chunks), embeddings.rows(database), database, own, 10)
-    saved = N.NeighborTable(work)
+    own, members = table.document_chunks(chunks), all_chunks(database)
+    truth = brute_force(embeddings.rows(chunks), embeddings.rows(members), members, own, 10)
+    saved = NeighborTable(work)
     assert same((saved.ids(chunks), saved.distances(chunks)), truth)
     assert len(np.unique(table.document(chunks))) == 40 and len(database) < table.num_chunks
     assert not np.isin(saved.ids(chunks), table.chunks_of(table.documents_in("valid", (80, 10, 10)))).any()
-    sample = np.array([3, 300, 7])
-    assert same(N.exact_neighbors(table, embeddings, database, sample, 10), (truth[0][sample], truth[1][sample]))
 
 
 def test_saved_neighbors_equal_faiss(small_work):
     """Distances to float32 rounding; the order of near-equal ones is FAISS's own."""
     work = WorkDir(small_work)
-    table, saved = ChunkTable.open(work), N.NeighborTable(work)
-    index = read_index(small_work / "index" / "shard-0.faiss", 384)
+    table, saved = ChunkTable.open(work), NeighborTable(work)
+    (path,) = (small_work / "index").glob("shard-*.faiss")
+    index = read_index(path, 384)
     assert index.ntotal == work.facts("chunks")["database_chunks"]
     for document in (0, 17, 39):
         chunks = table.chunks_of(np.array([document]))
@@ -293,7 +385,7 @@ def test_stored_embeddings_are_those_of_the_detokenized_chunks(small_work, minil
     chunks = np.array([0, 1, 150, 299])
     texts = chunk_texts(ChunkTable.open(work), chunks, tokenizer)
     expected = minilm._model.encode(texts)  # sentence-transformers' own loop
-    np.testing.assert_allclose(minilm.embed(texts), expected, atol=1e-3)
+    np.testing.assert_allclose(minilm.embed(minilm.encode(texts)), expected, atol=1e-3)
     cosine = (EmbeddingTable(work).rows(chunks).astype(np.float32) * expected).sum(1)
     assert cosine.min() > 0.99  # perhaps stored in bfloat16
 
@@ -301,9 +393,9 @@ def test_stored_embeddings_are_those_of_the_detokenized_chunks(small_work, minil
 def test_order_of_texts_and_progress(minilm):
     texts = ["a longer text about trains and stations " * 5, "x", "", "the cat sat on the mat"] * 12
     done = []
-    embeddings = minilm.embed(texts, done.append)
+    embeddings = minilm.embed(minilm.encode(texts), done.append)
     assert embeddings.dtype == np.float16 and embeddings.shape == (48, 384) and done == [32, 16]
-    single = np.concatenate([minilm.embed([text]) for text in texts[:4]])
+    single = np.concatenate([minilm.embed(minilm.encode([text])) for text in texts[:4]])
     np.testing.assert_allclose(embeddings[:4].astype(np.float32), single.astype(np.float32), atol=2e-3)
     assert minilm.embed([]).shape == (0, 384)
 
@@ -322,7 +414,8 @@ def test_plain_bert_directory_gets_masked_mean_pooling(tmp_path):
     bert.save_pretrained(directory)
     transformers.BertTokenizerFast(str(directory / "vocab.txt")).save_pretrained(directory)
     texts = ["cat sat", "dog", "dog ran cat sat cat"]
-    found = Embedder(str(directory), "float32", 3).embed(texts)
+    embedder = Embedder(str(directory), "float32", 3)
+    found = embedder.embed(embedder.encode(texts))
     for row, text in zip(found, texts, strict=True):
         ids = [2, *(words.index(word) for word in text.split()), 3]
         expected = bert(torch.tensor([ids])).last_hidden_state[0].mean(0)

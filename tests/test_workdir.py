@@ -27,7 +27,7 @@ def test_an_untouched_work_dir_is_right_also_elsewhere(copy):
         ("corpus/my_text_data.idx", "corpus"),
         ("chunks/my_text_data.npy", "chunks"),
         ("embeddings/my_text_data/0-100.npy", "embeddings"),
-        ("index/shard-0.faiss", "index"),
+        ("index/shard-0-519.faiss", "index"),
         ("neighbors/my_text_data/0-100.ids.npy", "neighbors"),
         ("neighbors/my_text_data/0-100.distances.npy", "neighbors"),
     ],

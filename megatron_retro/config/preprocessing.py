@@ -13,6 +13,9 @@ from megatron_retro.workdir import WorkDir
 
 TASKS = ("tokenize", "db-build", "embed", "index-train", "index-add", "query-neighbors")
 
+CHANGES = ("add-documents", "remove-documents", "compact")  # of a finished work dir; one a run
+RETRIEVERS = ("dense", "bm25", "hybrid")
+
 DEFAULTS: dict[str, Any] = {
     "json_key": "text",
     "vocab_size": 32000,
@@ -22,6 +25,9 @@ DEFAULTS: dict[str, Any] = {
     "retro_block_size": None,
     "retro_embedder": "all-MiniLM-L6-v2",
     "retro_index_str": "auto",
+    "retro_index_memory_gb": None,
+    "retro_retriever": "dense",
+    "retro_target_recall": 0.95,
     "retro_index_nprobe": None,
     "retro_query_num_neighbors_save": 10,
 }
@@ -31,9 +37,14 @@ TASK_SETTINGS: dict[str, tuple[str, ...]] = {
     "tokenize": ("json_key", "vocab_size", "seed"),
     "db-build": ("split", "retro_chunk_length"),
     "embed": ("retro_block_size", "retro_embedder"),
-    "index-train": ("retro_index_str",),
+    "index-train": ("retro_index_str", "retro_index_memory_gb"),
     "index-add": (),
-    "query-neighbors": ("retro_index_nprobe", "retro_query_num_neighbors_save"),
+    "query-neighbors": (
+        "retro_retriever",
+        "retro_target_recall",
+        "retro_index_nprobe",
+        "retro_query_num_neighbors_save",
+    ),
 }
 
 
@@ -42,7 +53,11 @@ class WorkGroup:
     """what to do, and where"""
 
     retro_work_dir: str | None = flag(None, "directory of everything this program writes (required)")
-    retro_tasks: str = flag("build", f"build (all), or a comma list in order: {','.join(TASKS)}")
+    retro_tasks: str = flag(
+        "build",
+        f"build (all), or a comma list in order: {','.join(TASKS)}; or one change of a finished work dir: "
+        f"{' | '.join(CHANGES)}",
+    )
     seed: int | None = flag(None, "seed of the tokenizer's, the index's and the recall sample", show="1234")
 
 
@@ -59,6 +74,9 @@ class DocumentGroup:
         (), "[WEIGHT] PREFIX …: Megatron .bin/.idx prefixes, used in place; needs --tokenizer-model", many=True
     )
     json_key: str | None = flag(None, "key of a JSON line (column of a Parquet file) that holds the text", show="text")
+    document_ids: str | None = flag(
+        None, "remove-documents: a file with one document id, <corpus>:<number>, a line; numbers count from 0"
+    )
     strict: bool = flag(False, "refuse a bad record, naming its file and line, instead of counting and skipping it")
     split: str | None = flag(None, "shares of train, valid and test, by document", show="98,1,1")
 
@@ -84,7 +102,18 @@ class RetrievalGroup:
     )
     retro_embedder_batch_size: int = flag(32, "chunks a forward pass")
     retro_index_str: str | None = flag(None, "FAISS factory string", show="auto: by number of chunks")
-    retro_index_nprobe: int | None = flag(None, "inverted lists a query looks into", show="by number of lists")
+    retro_index_memory_gb: float | None = flag(
+        None, "gigabytes that an index of auto may take", show="half of this machine's memory"
+    )
+    retro_retriever: str | None = flag(
+        None, "dense: nearest embeddings; bm25: shared words; hybrid: 200 nearest, ranked by BM25", show="dense"
+    )
+    retro_target_recall: float | None = flag(
+        None, "share of the true two nearest neighbors that an approximate index must find", show="0.95"
+    )
+    retro_index_nprobe: int | None = flag(
+        None, "inverted lists a query looks into", show="the fewest that reach --retro-target-recall"
+    )
     retro_query_num_neighbors_save: int | None = flag(None, "neighbors saved for each chunk", show="10")
 
 
@@ -110,6 +139,17 @@ class PreprocessConfig:
         for name, value in positive.items():
             if isinstance(value, int) and value < 1:
                 raise UserError(f"{flag_name(name)} is {value}; it takes a whole number of at least 1")
+        target, memory = self.retrieval.retro_target_recall, self.retrieval.retro_index_memory_gb
+        if target is not None and not 0 < target <= 1:
+            raise UserError(f"--retro-target-recall is {target:g}; it lies above 0 and up to 1")
+        if memory is not None and not 0 < memory < float("inf"):
+            raise UserError(f"--retro-index-memory-gb is {memory:g}; it must be above 0")
+        if self.retrieval.retro_retriever not in (None, *RETRIEVERS):
+            raise UserError(
+                f"--retro-retriever is {self.retrieval.retro_retriever!r}; it takes {', '.join(RETRIEVERS)}"
+            )
+        if self.documents.document_ids and self.tasks() != ("remove-documents",):
+            raise UserError("--document-ids goes with --retro-tasks remove-documents")
         if self.work.seed is not None and self.work.seed < 0:
             raise UserError(f"--seed is {self.work.seed}; it takes a whole number of at least 0")
 
@@ -122,9 +162,14 @@ class PreprocessConfig:
         if self.work.retro_tasks == "build":
             return TASKS
         given = tuple(task.strip() for task in self.work.retro_tasks.split(","))
+        if given[0] in CHANGES and len(given) == 1:
+            return given
         for task in given:
             if task not in TASKS:
-                raise UserError(f"--retro-tasks names {task!r}; it takes build, or some of {','.join(TASKS)}")
+                raise UserError(
+                    f"--retro-tasks names {task!r}; it takes build, some of {','.join(TASKS)}, "
+                    f"or one of {','.join(CHANGES)}"
+                )
         if list(given) != sorted(set(given), key=TASKS.index):
             raise UserError(f"--retro-tasks is {self.work.retro_tasks}; the order is {','.join(TASKS)}, each once")
         return given

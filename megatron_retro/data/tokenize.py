@@ -65,10 +65,7 @@ def write_part(prefix: pathlib.Path, block: list[Record], tokenizer: Tokenizer, 
         skipped["no tokens"] += len(texts) - len(rows)
     documents = [np.array([*row, tokenizer.eod]) for row in rows]
     counts = {"documents": len(documents), "tokens": sum(map(len, documents)), "skipped": dict(skipped)}
-    builder = _Builder(prefix, token_dtype(tokenizer.vocab_size))
-    for document in documents:
-        builder.add(document)
-    builder.finish()
+    write_documents(prefix, documents, token_dtype(tokenizer.vocab_size))
     write_atomically(prefix.with_suffix(".json"), lambda file: file.write(json.dumps(counts).encode()))
 
 
@@ -87,6 +84,14 @@ def merge_parts(parts: list[pathlib.Path], prefix: pathlib.Path, dtype: type[np.
         builder.add_part(part)
     builder.finish()
     return {"documents": documents, "tokens": tokens, "skipped": dict(sorted(skipped.items()))}
+
+
+def write_documents(prefix: pathlib.Path, documents: Iterable[np.ndarray], dtype: type[np.number]) -> None:
+    """Write documents, one row of token ids each (empty ones keep their place), as `<prefix>.bin .idx`."""
+    builder = _Builder(prefix, dtype)
+    for document in documents:
+        builder.add(document)
+    builder.finish()
 
 
 def remove_parts(parts: list[pathlib.Path]) -> None:

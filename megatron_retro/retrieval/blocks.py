@@ -1,6 +1,6 @@
 """Rows by chunk id, in one `.npy` file a block of consecutive chunks of a corpus.
 
-    <kind>/<corpus>/<a>-<b><suffix>     rows of chunks a … b-1, counted within the corpus
+    <stage>/<corpus>/<a>-<b><suffix>    rows of chunks a … b-1, counted within the corpus
 
 Blocks are the unit of sharing out work to ranks and of going on after an interruption.
 """
@@ -8,12 +8,16 @@ Blocks are the unit of sharing out work to ranks and of going on after an interr
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
+from megatron_retro import distributed
 from megatron_retro.data.chunks import running_sum
-from megatron_retro.retrieval.progress import say
+from megatron_retro.retrieval.progress import Progress, say
 from megatron_retro.workdir import WorkDir
+
+Advance = Callable[[int], None]  # told how many units of work were done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +37,8 @@ class Block:
     def __len__(self) -> int:
         return self.end - self.begin
 
-    def path(self, work: WorkDir, kind: str, suffix: str = ".npy") -> pathlib.Path:
-        return work.path / kind / self.corpus / f"{self.begin}-{self.end}{suffix}"
+    def path(self, work: WorkDir, stage: str, suffix: str = ".npy") -> pathlib.Path:
+        return work.directory(stage) / self.corpus / f"{self.begin}-{self.end}{suffix}"
 
 
 def auto_block_size(num_chunks: int) -> int:
@@ -71,11 +75,46 @@ def is_complete(path: pathlib.Path, shape: tuple[int, ...], dtype: type[np.gener
     return False
 
 
+def make_blocks(
+    stage: str,
+    sizes: list[int],
+    is_made: Callable[[int], bool],
+    make: Callable[[list[int], Advance], None],
+    chunks_at_once: int = 0,
+) -> None:
+    """Make this rank's blocks that are not there yet: block b belongs to rank b % world size.
+
+    Returns when every rank has done its share.
+
+    Args:
+        stage: name to show.
+        sizes: chunks of each block.
+        is_made: whether a block, by number, is there.
+        make: makes some blocks, by number, telling how many chunks it has come further.
+        chunks_at_once: `make` is given blocks of at least so many chunks in all, and at least one block.
+    """
+
+    def share() -> None:
+        mine = range(distributed.rank(), len(sizes), distributed.world_size())
+        missing = [number for number in mine if not is_made(number)]
+        total = sum(sizes[number] for number in mine)
+        done = total - sum(sizes[number] for number in missing)
+        with Progress(stage, total, "chunks", done) as progress:
+            group: list[int] = []
+            for number in missing:
+                group.append(number)
+                if sum(sizes[member] for member in group) >= chunks_at_once or number == missing[-1]:
+                    make(group, progress.advance)
+                    group = []
+
+    distributed.together(share)
+
+
 class RowTable:
     """Rows by chunk id over memory-mapped block files, each opened once, when first read."""
 
-    def __init__(self, work: WorkDir, kind: str, blocks: list[Block], suffix: str = ".npy"):
-        self._paths = [block.path(work, kind, suffix) for block in blocks]
+    def __init__(self, work: WorkDir, stage: str, blocks: list[Block], suffix: str = ".npy"):
+        self._paths = [block.path(work, stage, suffix) for block in blocks]
         self._first = running_sum(np.array([len(block) for block in blocks]))
         self._open: dict[int, np.ndarray] = {}
 

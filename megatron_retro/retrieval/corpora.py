@@ -18,7 +18,7 @@ def check_sources(config: PreprocessConfig, work: WorkDir) -> None:
     if not (documents.input or documents.data_path or "sources" in settings):
         raise UserError("--input or --data-path is needed to begin a work dir: the documents to learn from")
     if (documents.input or documents.data_path) and "sources" in settings:
-        given, recorded = _describe(config), settings["sources"]
+        given, recorded = describe(config), settings["sources"]
         if given != recorded:
             pairs = zip([*given, *[{}] * len(recorded)], [*recorded, *[{}] * len(given)], strict=False)
             ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
@@ -48,8 +48,8 @@ def _tokenizer_print(config: PreprocessConfig) -> str:
     return fingerprint(pathlib.Path(model))
 
 
-def _describe(config: PreprocessConfig) -> list[dict[str, Any]]:
-    """What the corpora are made from, in plain values."""
+def describe(config: PreprocessConfig) -> list[dict[str, Any]]:
+    """What `--input` and `--data-path` name, a corpus each, in plain values."""
     from megatron_retro.data.documents import find_sources
 
     described = [
@@ -82,37 +82,43 @@ def _weighted_prefixes(values: tuple[str, ...]) -> list[tuple[float, str]]:
     ]
 
 
-def tokenize(work: WorkDir, config: PreprocessConfig) -> None:
+def tokenize(work: WorkDir, config: PreprocessConfig, known: dict[str, dict[str, Any]] | None = None) -> None:
     """The task `tokenize`: a tokenizer, and the corpora's `.bin/.idx`.
+
+    Args:
+        known: name -> entry of corpora that stay as they are.
 
     Raises:
         UserError: bad input, or not what the work dir was begun with.
     """
-    work.on_rank_0(lambda: _begin(work, config))
-    corpora = [
-        _use_in_place(work, source) if source["tokens"] else _tokenize_documents(work, source, config)
-        for source in work.settings["sources"]
-    ]
-    work.on_rank_0(lambda: _commit_corpus(work, corpora))
+    entries = dict(known or {})
+    work.on_rank_0(lambda: _begin(work, config, entries))
+    for source in work.settings["sources"]:
+        if source["name"] not in entries:
+            make = _use_in_place if source["tokens"] else _tokenize_documents
+            entries[source["name"]] = make(work, source, config)
+    work.on_rank_0(lambda: _commit_corpus(work, [entries[source["name"]] for source in work.settings["sources"]]))
 
 
-def _begin(work: WorkDir, config: PreprocessConfig) -> None:
+def _begin(work: WorkDir, config: PreprocessConfig, known: dict[str, dict[str, Any]]) -> None:
     """Settle what the work dir is made from, and its tokenizer; written together, so a refused flag leaves no trace."""
     settle(config, work, "tokenize")
-    _settle_sources(work, config)
+    _settle_sources(work, config, known)
     if not work.has("tokenizer"):
         _make_tokenizer(work, config)
 
 
-def _settle_sources(work: WorkDir, config: PreprocessConfig) -> None:
+def _settle_sources(work: WorkDir, config: PreprocessConfig, known: dict[str, dict[str, Any]]) -> None:
     from megatron_retro.data.documents import Source
 
     if "sources" not in work.settings:
-        work.settings["sources"] = _describe(config)
+        work.settings["sources"] = describe(config)
         if config.documents.data_path and config.tokenizer.tokenizer_model is None:
             raise UserError("--data-path needs --tokenizer-model: the tokenizer that made its tokens")
         work.settings["tokenizer"] = _tokenizer_print(config)
     for source in work.settings["sources"]:
+        if source["name"] in known:
+            continue
         found = "" if source["tokens"] else Source.find(source["path"]).fingerprint()
         if found != source["fingerprint"]:
             raise UserError(
@@ -173,7 +179,7 @@ def open_tokenizer(work: WorkDir) -> Any:
     return Tokenizer.open(work.path / work.facts("tokenizer")["file"])
 
 
-def _use_in_place(work: WorkDir, source: dict[str, Any]) -> dict[str, Any]:
+def _use_in_place(work: WorkDir, source: dict[str, Any], config: PreprocessConfig) -> dict[str, Any]:
     """The corpus entry of a Megatron prefix."""
     from megatron_retro.data.chunks import Corpus
 

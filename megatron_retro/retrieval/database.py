@@ -12,12 +12,15 @@ class Database:
     Args:
         table: all chunks.
         documents: ascending ids of the documents whose chunks may be neighbors.
+
+    Attributes:
+        is_member: [num_documents] bool, whether a document is one of them.
     """
 
     def __init__(self, table: ChunkTable, documents: np.ndarray):
         self._table, self._stream = table, Stream(table, documents)
-        self._is_member = np.zeros(table.num_documents, bool)
-        self._is_member[documents] = True
+        self.is_member = np.zeros(table.num_documents, bool)
+        self.is_member[documents] = True
 
     @classmethod
     def open(cls, table: ChunkTable, split: tuple[float, ...]) -> "Database":
@@ -48,7 +51,7 @@ class Database:
 
     def holds(self, chunks: np.ndarray) -> np.ndarray:
         """Whether each chunk id is in the database (same shape, bool)."""
-        return self._is_member[self._table.document(chunks)]
+        return self.is_member[self._table.document(chunks)]
 
     def num_foreign(self, own: np.ndarray) -> np.ndarray:
         """How many chunks of the database lie outside of each document, [n] int64.
@@ -57,8 +60,8 @@ class Database:
             own: [n, 2] int64, a document's first chunk id and the next one's; two equal ids stand for no document.
         """
         begin, end = own.T
-        is_member = self._is_member[self._table.document(np.minimum(begin, self._table.num_chunks - 1))]
-        return len(self) - np.where(is_member, end - begin, 0)
+        inside = self.is_member[self._table.document(np.minimum(begin, self._table.num_chunks - 1))]
+        return len(self) - np.where(inside, end - begin, 0)
 
     def sample(self, count: int, seed: int) -> np.ndarray:
         """A random sample of distinct ids, one from each of `count` equal stretches, ascending int64."""

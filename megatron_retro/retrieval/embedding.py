@@ -38,10 +38,20 @@ class Embedder:
 
         self._batch_size = batch_size
         self._model = _load(name).to(getattr(torch, dtype)).eval()
+        self._prompt = self._model.prompts.get(self._model.default_prompt_name) or ""
         self.width = int(self._model.get_embedding_dimension())
 
-    def embed(self, texts: list[str], advance: Callable[[int], None] = lambda num_texts: None) -> np.ndarray:
-        """Embeddings of texts: [n, E] float16. Texts of like length share a batch, so little is padded.
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The embedder's own token ids of each text, cut to what it takes; another thread may do it meanwhile."""
+        if not texts:
+            return []
+        limit = self._model.max_seq_length
+        return self._model.tokenizer([self._prompt + text for text in texts], truncation=True, max_length=limit)[
+            "input_ids"
+        ]
+
+    def embed(self, encoded: list[list[int]], advance: Callable[[int], None] = lambda num_texts: None) -> np.ndarray:
+        """Embeddings of encoded texts: [n, E] float16. Texts of like length share a batch, so little is padded.
 
         `advance` is told the number of texts of each batch.
 
@@ -50,27 +60,28 @@ class Embedder:
         """
         import torch
 
-        order = np.argsort([-length for length in self._lengths(texts)], kind="stable")
-        embeddings = np.empty((len(texts), self.width), np.float16)
+        order = np.argsort([-len(row) for row in encoded], kind="stable")
+        embeddings = np.empty((len(encoded), self.width), np.float16)
         with torch.inference_mode():
-            for begin in range(0, len(texts), self._batch_size):
+            for begin in range(0, len(encoded), self._batch_size):
                 batch = order[begin : begin + self._batch_size]
-                features = self._model.preprocess([texts[number] for number in batch])
-                features = {name: self._moved(value) for name, value in features.items()}
-                embeddings[batch] = self._model(features)["sentence_embedding"].float().cpu().numpy()
+                embeddings[batch] = self.forward([encoded[number] for number in batch])
                 advance(len(batch))
         if not np.isfinite(embeddings).all():
             raise UserError("--retro-embedder gives embeddings beyond the range of float16; take another checkpoint")
         return embeddings
 
-    def _lengths(self, texts: list[str]) -> list[int]:
-        if not texts:
-            return []
-        rows = self._model.tokenizer(texts, truncation=True, max_length=self._model.max_seq_length)
-        return [len(row) for row in rows["input_ids"]]
+    def forward(self, rows: list[list[int]]) -> np.ndarray:
+        """One batch of encoded texts through the model, padded to the longest: [n, E] float32."""
+        import torch
 
-    def _moved(self, value: Any) -> Any:
-        return value.to(self._model.device) if hasattr(value, "to") else value
+        lengths = np.array([len(row) for row in rows])
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        ids = np.full(mask.shape, self._model.tokenizer.pad_token_id or 0)
+        ids[mask] = np.concatenate(rows)
+        features = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+        features = {name: value.to(self._model.device) for name, value in features.items()}
+        return self._model(features)["sentence_embedding"].float().cpu().numpy()
 
 
 def resolve(name: str) -> tuple[str, bool]:
@@ -126,14 +137,15 @@ def fastest_dtype(name: str, batch_size: int) -> str:
     seconds = {}
     for dtype in ("float32", "bfloat16"):
         embedder = Embedder(name, dtype, batch_size)
-        embedder.embed([text] * batch_size)  # the first call sets things up
-        seconds[dtype] = min(_seconds(embedder, [text] * batch_size) for _ in range(2))
+        encoded = embedder.encode([text] * batch_size)
+        embedder.embed(encoded)  # the first call sets things up
+        seconds[dtype] = min(_seconds(embedder, encoded) for _ in range(2))
     return min(seconds, key=lambda dtype: seconds[dtype])
 
 
-def _seconds(embedder: Embedder, texts: list[str]) -> float:
+def _seconds(embedder: Embedder, encoded: list[list[int]]) -> float:
     start = time.perf_counter()
-    embedder.embed(texts)
+    embedder.embed(encoded)
     return time.perf_counter() - start
 
 
@@ -150,6 +162,9 @@ class EmbeddingTable:
         size = work.facts("embeddings")["block_size"] if block_size is None else block_size
         self.blocks: list[Block] = plan(work, size)
         self._table = RowTable(work, "embeddings", self.blocks)
+
+    def __len__(self) -> int:
+        return len(self._table)
 
     def rows(self, chunks: np.ndarray) -> np.ndarray:
         """[n] int64 chunk ids -> [n, E] float16."""

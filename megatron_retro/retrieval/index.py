@@ -39,12 +39,14 @@ def choose_factory(wanted: str, num_chunks: int, width: int, memory_gb: float) -
         return wanted
     if num_chunks <= EXACT_LIMIT:
         return "Flat"
-    num_lists = next((lists for most, lists in _LISTS if num_chunks <= most), _LISTS[-1][1]) or 4 * math.isqrt(num_chunks)
+    num_lists = next((lists for most, lists in _LISTS if num_chunks <= most), _LISTS[-1][1]) or 4 * math.isqrt(
+        num_chunks
+    )
     needed = (num_chunks * (width / 8 + 16) + num_lists * 4 * width) / 1e9
     if needed > memory_gb:
         raise UserError(
-            f"--retro-index-memory-gb {memory_gb:g} does not hold an index of {num_chunks} chunks: its smallest codes "
-            f"(RaBitQ, {width / 8 + 16:.0f} bytes a chunk) take {needed:.3g}; give at least that, or a --retro-index-str"
+            f"--retro-index-memory-gb {memory_gb:g} holds no index of {num_chunks} chunks: its smallest codes "
+            f"(RaBitQ, {width / 8 + 16:.0f} bytes a chunk) take {needed:.3g}; give as much, or a --retro-index-str"
         )
     return f"IVF{num_lists}{'_HNSW32' if num_lists > _FLAT_QUANTIZER else ''},RaBitQ"
 
@@ -151,13 +153,18 @@ class Shards:
     """
 
     def __init__(
-        self, paths: list[pathlib.Path], width: int, parameters: dict[str, int] | None = None, *, keep_open: bool = False
+        self,
+        paths: list[pathlib.Path],
+        width: int,
+        parameters: dict[str, int] | None = None,
+        *,
+        keep_open: bool = False,
     ):
         self.paths, self._width, self._parameters = paths, width, parameters or {}
         self._open: dict[pathlib.Path, Any] | None = {} if keep_open or len(paths) == 1 else None
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    def with_parameters(self, parameters: dict[str, int]) -> "Shards":
+        return Shards(self.paths, self._width, parameters, keep_open=self._open is not None)
 
     def __iter__(self) -> Iterator[Any]:
         return map(self._shard, self.paths)

@@ -33,11 +33,21 @@ class ListJoin:
         database: the chunks to search; ids in the lists that are not in it are passed over.
         nprobe: lists a query looks into.
         device: a torch device.
+        complete: search the whole database for a query whose lists hold too few chunks of other documents.
     """
 
-    def __init__(self, shards: Shards, embeddings: EmbeddingTable, database: Database, nprobe: int, device: Any):
+    def __init__(
+        self,
+        shards: Shards,
+        embeddings: EmbeddingTable,
+        database: Database,
+        nprobe: int,
+        device: Any,
+        *,
+        complete: bool = True,
+    ):
         self._shards, self._embeddings, self._database = shards, embeddings, database
-        self._nprobe, self._device = nprobe, device
+        self._nprobe, self._device, self._complete = nprobe, device, complete
 
     def search(self, queries: np.ndarray, own: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         probes = np.empty((len(queries), self._nprobe), np.int64)
@@ -50,7 +60,7 @@ class ListJoin:
                 self._scan(shard, some, best)
         ids, distances = rank_candidates(queries, best.ids(), self._embeddings, k)
         short = np.flatnonzero((ids >= 0).sum(1) < np.minimum(k, self._database.num_foreign(own)))
-        if len(short):  # the lists hold too few chunks of other documents
+        if len(short) and self._complete:
             exact = ExactSearch(self._embeddings, self._database, self._device)
             ids[short], distances[short] = exact.search(queries[short], own[short], k)
         return ids, distances
@@ -157,9 +167,9 @@ class _Best:
             column = np.arange(len(chunks))
             hidden = (begin[touched, None] <= column) & (column < end[touched, None])
             row, column = hidden.nonzero()
-            scores[torch.from_numpy(touched[row]).to(self._device), torch.from_numpy(column).to(self._device)] = (
-                -torch.inf
-            )
+            scores[
+                torch.from_numpy(touched[row]).to(self._device), torch.from_numpy(column).to(self._device)
+            ] = -torch.inf
 
 
 def nearest_lists(shard: Any, queries: np.ndarray, nprobe: int) -> np.ndarray:

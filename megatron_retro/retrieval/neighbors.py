@@ -1,7 +1,7 @@
 """Saved neighbors: for every chunk the K nearest database chunks of *other* documents.
 
-    neighbors/<corpus>/<a>-<b>.ids.npy          [b-a, K] int64 chunk ids, nearest first; -1: there is none
-    neighbors/<corpus>/<a>-<b>.distances.npy    [b-a, K] float32, ascending; inf: there is none
+neighbors/<corpus>/<a>-<b>.ids.npy          [b-a, K] int64 chunk ids, nearest first; -1: there is none
+neighbors/<corpus>/<a>-<b>.distances.npy    [b-a, K] float32, ascending; inf: there is none
 """
 
 import numpy as np

@@ -6,26 +6,37 @@ from typing import Any
 
 import numpy as np
 
-from megatron_retro.data.chunks import ChunkTable
-from megatron_retro.retrieval.embedding import EmbeddingTable
-from megatron_retro.retrieval.neighbors import NeighborTable, exact_neighbors, recall
-from megatron_retro.retrieval.progress import duration
+from megatron_retro import distributed, mcore
+from megatron_retro.retrieval.neighbors import NeighborTable
+from megatron_retro.retrieval.progress import duration, say
+from megatron_retro.retrieval.query import OpenIndex
+from megatron_retro.retrieval.ranking import recall
+from megatron_retro.retrieval.tuning import sample_truth
 from megatron_retro.workdir import WorkDir, write_atomically
 
-_RECALL_QUERIES = 1000
 _RECALL_AT = (2, 10)
 _ROWS = 1 << 18
 
 
-def summarize(work: WorkDir, table: ChunkTable, embeddings: EmbeddingTable, database: np.ndarray) -> dict[str, Any]:
-    """Measure a work dir, and write `report/summary.json` (by one rank)."""
+def summarize(work: WorkDir) -> None:
+    """Measure a work dir, write `report/summary.json`, and print it; every rank calls it."""
+    index = distributed.together(lambda: OpenIndex.open(work))
+    recalls = _recall(index) if work.settings["retro_retriever"] == "dense" else {}
+    work.on_rank_0(lambda: _write(index, recalls))
+
+
+def _write(index: OpenIndex, recalls: dict[str, float]) -> None:
+    work = index.work
     chunks = work.facts("chunks")
     skipped: collections.Counter = collections.Counter()
     for corpus in work.facts("corpus")["corpora"]:
         skipped.update(corpus["skipped"])
-    neighbors = NeighborTable(work)
+    measured = work.settings.setdefault("measured", {})
+    measured |= {"recall": recalls, "bytes_per_vector": work.facts("index")["bytes_per_vector"]}
+    work.write()
     summary = {
         "documents": chunks["documents"],
+        "removed_documents": chunks["removed_documents"],
         "skipped": dict(skipped),
         "vocab_size": work.facts("tokenizer")["vocab_size"],
         "tokens": chunks["tokens"],
@@ -34,40 +45,49 @@ def summarize(work: WorkDir, table: ChunkTable, embeddings: EmbeddingTable, data
         "database_chunks": chunks["database_chunks"],
         "embedder": work.facts("embeddings"),
         "index": work.facts("index"),
-        "recall": _recall(table, embeddings, database, neighbors, work.settings["seed"]),
-        "share_with_fewer_neighbors": _share_with_fewer(neighbors, table.num_chunks),
+        "retriever": work.settings["retro_retriever"],
+        "tuned": work.settings["tuned"],
+        **measured,
+        "share_with_fewer_neighbors": _share_with_fewer(NeighborTable(work), chunks["chunks"]),
         "seconds": work.settings.get("seconds", {}),
     }
     text = json.dumps(summary, indent=1)
     write_atomically(work.path / "report" / "summary.json", lambda file: file.write(text.encode()))
-    return summary
+    for line in lines(summary):
+        say(line)
 
 
 def lines(summary: dict[str, Any]) -> list[str]:
     """The summary for people."""
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in summary["skipped"].items()) or "none"
-    recalls = ", ".join(f"@{k} {value:.4f}" for k, value in summary["recall"].items())
+    removed = f", removed: {summary['removed_documents']:,}" if summary["removed_documents"] else ""
+    recalls = ", ".join(f"@{k} {value:.4f}" for k, value in summary["recall"].items()) or "not measured"
+    tuned = ", ".join(f"{name} {value}" for name, value in summary["tuned"].items() if name != "recall")
+    cost = f", {summary['ms_per_query']:.2g} ms a query and rank" if "ms_per_query" in summary else ""
     return [
-        f"documents            {summary['documents']:,} (skipped: {skipped})",
+        f"documents            {summary['documents']:,} (skipped: {skipped}{removed})",
         f"tokens               {summary['tokens']:,} of a vocabulary of {summary['vocab_size']:,}",
         f"chunks               {summary['chunks']:,} ({summary['padding_share']:.1%} padding)",
         f"database chunks      {summary['database_chunks']:,}",
+        f"index                {summary['index']['factory']}, {summary['bytes_per_vector']:,.0f} bytes a chunk",
+        f"neighbors            {summary['retriever']}{', ' * bool(tuned)}{tuned}{cost}",
         f"recall vs exact      {recalls}",
         f"fewer neighbors      {summary['share_with_fewer_neighbors']:.2%} of chunks",
         *(f"time {task:<15} {duration(seconds)}" for task, seconds in summary["seconds"].items()),
     ]
 
 
-def _recall(
-    table: ChunkTable, embeddings: EmbeddingTable, database: np.ndarray, neighbors: NeighborTable, seed: int
-) -> dict[str, float]:
-    """Recall@K against exact search, for a sample of all chunks."""
-    count = min(_RECALL_QUERIES, table.num_chunks)
-    chunks = np.sort(np.random.default_rng(seed).choice(table.num_chunks, count, replace=False))
+def _recall(index: OpenIndex) -> dict[str, float]:
+    """Recall@K against exact search, for a random sample of all chunks that no setting was tuned on."""
+    neighbors = NeighborTable(index.work)
     ks = sorted({min(k, neighbors.num_neighbors) for k in _RECALL_AT})
-    _, truth = exact_neighbors(table, embeddings, database, chunks, ks[-1])
-    found = neighbors.distances(chunks)
-    return {str(k): recall(found[:, :k], truth[:, :k]) for k in ks}
+    seed = index.work.settings["seed"] + 1
+    chunks, _, truth = sample_truth(
+        index.table, index.embeddings, index.database, k=ks[-1], seed=seed, device=mcore.device()
+    )
+    kept = ~index.table.removed[index.table.document(chunks)]
+    found, truth = neighbors.distances(chunks)[kept], truth[kept]
+    return {str(k): round(recall(found[:, :k], truth[:, :k]), 4) for k in ks}
 
 
 def _share_with_fewer(neighbors: NeighborTable, num_chunks: int) -> float:

@@ -1,0 +1,220 @@
+"""The tasks from tokens to a filled index: `db-build`, `embed`, `index-train`, `index-add`.
+
+Heavy libraries are imported by the tasks that need them, so a run with nothing to do ends at once.
+"""
+
+import concurrent.futures
+import os
+import pathlib
+from typing import Any
+
+from megatron_retro import distributed
+from megatron_retro.config.preprocessing import PreprocessConfig, settle, split_weights
+from megatron_retro.errors import UserError
+from megatron_retro.retrieval.blocks import Advance, auto_block_size, is_complete, make_blocks, plan
+from megatron_retro.retrieval.corpora import open_tokenizer
+from megatron_retro.retrieval.progress import say
+from megatron_retro.workdir import WorkDir
+
+# ------------------------------------------------------------------------------------------------ db-build
+
+
+def build_chunks(work: WorkDir, config: PreprocessConfig) -> None:
+    work.on_rank_0(lambda: _commit_chunks(work, config))
+
+
+def _commit_chunks(work: WorkDir, config: PreprocessConfig) -> None:
+    from megatron_retro.data.chunks import ChunkTable, Corpus
+    from megatron_retro.retrieval.database import Database
+    from megatron_retro.workdir import load_npy, save_npy
+
+    settle(config, work, "db-build")
+    length, weights = work.settings["retro_chunk_length"], split_weights(work.settings["split"])
+    entries = work.facts("corpus")["corpora"]
+    opened = [Corpus.open(entry["name"], str(work.path / entry["prefix"]), entry["weight"]) for entry in entries]
+    removed = work.settings.get("removed")  # a file of document ids
+    table = ChunkTable(opened, length, load_npy(work.path / removed) if removed else None)
+    corpora, files = [], [work.path / removed] if removed else []
+    for number, corpus in enumerate(opened):
+        begin, end = table.corpus_documents[number : number + 2]
+        first_chunk = table.first_chunk[begin : end + 1] - table.first_chunk[begin]
+        corpora.append({"name": corpus.name, "documents": int(end - begin), "chunks": int(first_chunk[-1])})
+        files.append(work.directory("chunks") / f"{corpus.name}.npy")
+        save_npy(files[-1], first_chunk)
+    counts = {"chunks": table.num_chunks, "tokens": table.num_tokens, "documents": table.num_documents}
+    counts["removed_documents"] = int(table.removed.sum())
+    counts["database_chunks"] = len(Database.open(table, weights))
+    facts = {"chunk_length": length, "split": list(weights), "corpora": corpora, "removed": removed, **counts}
+    work.commit("chunks", facts, files)
+
+
+# ------------------------------------------------------------------------------------------------ embed
+
+
+def embed(work: WorkDir, config: PreprocessConfig) -> None:
+    """Embed every chunk once: text and WordPieces of the next block, and the writing of the last, overlap with it."""
+    import numpy as np
+
+    from megatron_retro.data.chunks import ChunkTable
+    from megatron_retro.retrieval.embedding import Embedder, chunk_texts
+    from megatron_retro.workdir import save_npy
+
+    work.on_rank_0(lambda: _settle_embedder(work, config))
+    settings, batch_size = work.settings, config.retrieval.retro_embedder_batch_size
+    blocks = plan(work, settings["embedded_block_size"])
+    embedder = distributed.together(
+        lambda: Embedder(settings["retro_embedder"], settings["embedder_dtype"], batch_size)
+    )
+    table, tokenizer = distributed.together(lambda: (ChunkTable.open(work), open_tokenizer(work)))
+
+    def encode(number: int) -> list[list[int]]:
+        return embedder.encode(chunk_texts(table, blocks[number].ids, tokenizer))
+
+    def make(numbers: list[int], advance: Advance) -> None:
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            encoded = threads.submit(encode, numbers[0])
+            written = None
+            for place, number in enumerate(numbers):
+                rows = encoded.result()
+                if number != numbers[-1]:
+                    encoded = threads.submit(encode, numbers[place + 1])
+                embeddings = embedder.embed(rows, advance)
+                if written:
+                    written.result()
+                written = threads.submit(save_npy, blocks[number].path(work, "embeddings"), embeddings)
+            if written:
+                written.result()
+
+    def is_made(number: int) -> bool:
+        path = blocks[number].path(work, "embeddings")
+        return is_complete(path, (len(blocks[number]), embedder.width), np.float16)
+
+    sizes = [len(block) for block in blocks]
+    make_blocks("embed", sizes, is_made, make, chunks_at_once=sum(sizes))
+    facts = {
+        "embedder": settings["retro_embedder"],
+        "weights": settings["embedder_weights"],
+        "dtype": settings["embedder_dtype"],
+        "width": embedder.width,
+        "block_size": settings["embedded_block_size"],
+    }
+    files = [block.path(work, "embeddings") for block in blocks]
+    work.on_rank_0(lambda: work.commit("embeddings", facts, files))
+
+
+def _settle_embedder(work: WorkDir, config: PreprocessConfig) -> None:
+    """Fix the embedder's weights, number type and block size, so that every block is made alike, now and later."""
+    from megatron_retro.retrieval.embedding import fastest_dtype, weights_print
+
+    settle(config, work, "embed")
+    name, settings = work.settings["retro_embedder"], work.settings
+    found = weights_print(name)
+    if settings.setdefault("embedder_weights", found) != found:
+        raise UserError(
+            f"--retro-embedder {name} has weights {found}, the blocks in --retro-work-dir {work.path} were made with "
+            f"{settings['embedder_weights']}; restore the checkpoint, or build a new work dir"
+        )
+    if "embedder_dtype" not in settings:
+        settings["embedder_dtype"] = fastest_dtype(name, config.retrieval.retro_embedder_batch_size)
+    size = settings["retro_block_size"] or auto_block_size(work.facts("chunks")["chunks"])
+    settings.setdefault("embedded_block_size", size)
+    say(f"embed: {name} in {settings['embedder_dtype']}")
+    work.write()
+
+
+# ------------------------------------------------------------------------------------------------ index
+
+
+def open_database(work: WorkDir) -> tuple[Any, Any, Any]:
+    """(chunk table, embeddings, database)."""
+    from megatron_retro.data.chunks import ChunkTable
+    from megatron_retro.retrieval.database import Database
+    from megatron_retro.retrieval.embedding import EmbeddingTable
+
+    table = ChunkTable.open(work)
+    return table, EmbeddingTable(work), Database.open(table, split_weights(work.settings["split"]))
+
+
+def trained_index(work: WorkDir) -> pathlib.Path:
+    return work.directory("index") / "trained.faiss"
+
+
+def train_index(work: WorkDir, config: PreprocessConfig) -> None:
+    work.on_rank_0(lambda: _write_trained(work, config))
+
+
+def _write_trained(work: WorkDir, config: PreprocessConfig) -> None:
+    import faiss
+
+    from megatron_retro.retrieval import index
+
+    settle(config, work, "index-train")
+    _, embeddings, database = open_database(work)
+    width = work.facts("embeddings")["width"]
+    memory = work.settings["retro_index_memory_gb"] or _half_of_memory()
+    factory = index.choose_factory(work.settings["retro_index_str"], len(database), width, memory)
+    say(f"index-train: {factory} for {len(database):,} chunks")
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(threads * distributed.local_world_size())  # the other ranks are waiting
+    trained = index.train_index(factory, embeddings, database, width, work.settings["seed"])
+    faiss.omp_set_num_threads(threads)
+    work.settings["index_factory"] = factory
+    work.write()
+    index.write_index(trained_index(work), trained)
+
+
+def _half_of_memory() -> float:
+    """Of this machine, in GB."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2e9
+
+
+def fill_index(work: WorkDir, config: PreprocessConfig) -> None:
+    """Every rank fills shards of its own, each with the database's chunks of a range of blocks."""
+    from megatron_retro.retrieval.index import fill, read_index, write_index
+
+    trained = trained_index(work)
+    if not trained.exists():
+        raise UserError(f"--retro-work-dir {work.path} has no trained index; --retro-tasks index-train comes first")
+    width = work.facts("embeddings")["width"]
+    work.on_rank_0(lambda: _settle_shards(work))
+    _, embeddings, database = distributed.together(lambda: open_database(work))
+    ranges = [(first, end) for first, end in work.settings["index_shards"]]
+    shards = [[block for block in embeddings.blocks if first <= block.first < end] for first, end in ranges]
+
+    def make(numbers: list[int], advance: Advance) -> None:
+        for number in numbers:
+            index = read_index(trained, width)
+            fill(index, shards[number], embeddings, database, advance)
+            write_index(shard_path(work, *ranges[number]), index)
+
+    sizes = [sum(map(len, shard)) for shard in shards]
+    distributed.together(lambda: read_index(trained, width) and None)
+    make_blocks("index-add", sizes, lambda number: shard_path(work, *ranges[number]).exists(), make)
+    paths = [shard_path(work, *shard) for shard in ranges]
+    num_bytes = sum(path.stat().st_size for path in paths)
+    facts = {
+        "factory": work.settings["index_factory"],
+        "shards": work.settings["index_shards"],
+        "database_chunks": len(database),
+        "width": width,
+        "bytes_per_vector": round(num_bytes / len(database), 1),
+    }
+    work.on_rank_0(lambda: work.commit("index", facts, [trained, *paths]))
+
+
+def _settle_shards(work: WorkDir) -> None:
+    """As many shards as ranks at the first run, so that a later one can go on with any number of ranks."""
+    from megatron_retro.retrieval.embedding import EmbeddingTable
+    from megatron_retro.retrieval.index import plan_shards
+
+    planned = work.settings.setdefault("index_shards", [])
+    covered = planned[-1][1] if planned else 0
+    blocks = [block for block in EmbeddingTable(work).blocks if block.first >= covered]
+    for shard in plan_shards(blocks, min(distributed.world_size(), len(blocks))) if blocks else []:
+        planned.append([shard[0].first, shard[-1].first + len(shard[-1])])
+    work.write()
+
+
+def shard_path(work: WorkDir, first: int, end: int) -> pathlib.Path:
+    """The shard of the chunks `first` … `end`-1."""
+    return work.directory("index") / f"shard-{first}-{end}.faiss"
