@@ -20,6 +20,8 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _leave(0)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
@@ -32,7 +34,7 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
 
 
 def _leave(code: int) -> None:
-    """End at once: a process group's threads, waiting for other ranks, may crash or hang the interpreter's shutdown."""
+    """End at once: threads of a process group would now and then abort, or hang, the interpreter's own shutdown."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
