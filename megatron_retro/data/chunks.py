@@ -97,7 +97,7 @@ class ChunkTable:
         removed = np.load(work.path / facts["removed"], allow_pickle=False) if facts.get("removed") else None
         table = cls(corpora, facts["chunk_length"], removed)
         for number, corpus in enumerate(corpora):
-            stored = np.load(work.path / "chunks" / f"{corpus.name}.npy", allow_pickle=False)
+            stored = np.load(work.directory("chunks") / f"{corpus.name}.npy", allow_pickle=False)
             begin, end = table.corpus_documents[number : number + 2]
             expected = table.first_chunk[begin : end + 1] - table.first_chunk[begin]
             if not np.array_equal(stored, expected):

@@ -1,0 +1,214 @@
+"""Documents added, removed and purged: equal to a build from scratch, atomic, and resumable."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import build, stdlib_texts, write_jsonl
+
+from megatron_retro.data.chunks import ChunkTable
+from megatron_retro.errors import UserError
+from megatron_retro.retrieval import changes
+from megatron_retro.retrieval.blocks import plan
+from megatron_retro.retrieval.database import Database
+from megatron_retro.retrieval.embedding import EmbeddingTable
+from megatron_retro.retrieval.neighbors import NeighborTable
+from megatron_retro.retrieval.ranking import check_neighbors
+from megatron_retro.workdir import NEXT, WorkDir, save_npy
+
+TOOL = pathlib.Path(__file__).parent.parent / "tools" / "preprocess_retro_data.py"
+FLAGS = ("--split", "1,0,0", "--retro-block-size", "100")
+REMOVED = (3, 4, 17, 29)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return stdlib_texts(40)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, texts):
+    """A work dir of corpus `first`: 30 documents."""
+    directory = tmp_path_factory.mktemp("first")
+    build(directory / "work", "--input", str(write_jsonl(directory / "first.jsonl", texts[:30])), *FLAGS)
+    return directory / "work"
+
+
+@pytest.fixture
+def work(first, tmp_path):
+    return shutil.copytree(first, tmp_path / "work")
+
+
+def scratch_build(path, corpora, source, from_scratch):
+    """A build from scratch with the tokenizer of `source` and, chunk by chunk, its embeddings.
+
+    How a text is rounded depends on the texts beside it, so embeddings are taken over: rows `from_scratch` of `source`.
+    """
+    inputs = [str(write_jsonl(path.parent / f"{name}.jsonl", texts)) for name, texts in corpora.items()]
+    model = str(WorkDir(source).path / "tokenizer" / "tokenizer.model")
+    build(path, "--input", *inputs, "--tokenizer-model", model, *FLAGS, "--retro-tasks", "tokenize,db-build")
+    scratch, stored = WorkDir(path), EmbeddingTable(WorkDir(source))
+    scratch.settings["embedder_dtype"] = WorkDir(source).settings["embedder_dtype"]
+    scratch.write()
+    for block in plan(scratch, 100):
+        save_npy(block.path(scratch, "embeddings"), stored.rows(from_scratch[block.ids]))
+    build(path, *FLAGS)
+    return WorkDir(path)
+
+
+def saved(work):
+    table = NeighborTable(work)
+    chunks = np.arange(work.facts("chunks")["chunks"])
+    return table.ids(chunks), table.distances(chunks)
+
+
+def remove(work, documents, corpus="first"):
+    file = work.parent / "gone.txt"
+    file.write_text("".join(f"{corpus}:{number}\n" for number in documents))
+    build(work, "--retro-tasks", "remove-documents", "--document-ids", str(file))
+
+
+def snapshot(work):
+    return {str(file.relative_to(work)): file.read_bytes() for file in work.rglob("*") if file.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------ add
+
+
+def test_added_documents_equal_a_build_from_scratch(work, texts, tmp_path):
+    """On two ranks; only the new chunks are embedded."""
+    old = {file: file.stat().st_mtime_ns for kind in ("embeddings", "index") for file in (work / kind).rglob("*.*")}
+    more = write_jsonl(tmp_path / "second.jsonl", texts[30:])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", TOOL, "--retro-work-dir", work]
+    tasks = ["--retro-tasks", "add-documents", "--input", more]
+    done = subprocess.run([*map(str, command), *map(str, tasks)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {file: file.stat().st_mtime_ns for file in old} == old
+    after = WorkDir(work)
+    after.verify()
+    every = np.arange(after.facts("chunks")["chunks"])
+    scratch = scratch_build(tmp_path / "scratch", {"first": texts[:30], "second": texts[30:]}, work, every)
+    for ours, theirs in zip(saved(after), saved(scratch), strict=True):
+        assert np.array_equal(ours, theirs)
+    first_new = ChunkTable.open(after).first_chunk[30]
+    ids, _ = saved(after)
+    assert (ids[:first_new] >= first_new).any() and (ids[first_new:] < first_new).any()
+    assert after.settings["history"][0]["task"] == "add-documents" and not (work / NEXT).exists()
+    before = snapshot(work)
+    build(work, "--retro-tasks", "add-documents", "--input", str(more))  # a second time: nothing to do
+    assert {**snapshot(work), "report/summary.json": b""} == {**before, "report/summary.json": b""}
+
+
+# ------------------------------------------------------------------------------------------------ remove, compact
+
+
+def test_removed_documents_equal_a_build_without_them(work, texts, tmp_path):
+    before = ChunkTable.open(WorkDir(work))
+    remove(work, REMOVED)
+    after = WorkDir(work)
+    after.verify()
+    table = ChunkTable.open(after)
+    kept = np.setdiff1d(np.arange(30), REMOVED)
+    from_scratch = before.chunks_of(kept)  # chunk ids of a build without the removed documents -> ids here
+    scratch = scratch_build(tmp_path / "scratch", {"first": [texts[number] for number in kept]}, work, from_scratch)
+    (ids, distances), (wanted_ids, wanted_distances) = saved(after), saved(scratch)
+    assert np.array_equal(distances[from_scratch], wanted_distances)
+    assert np.array_equal(ids[from_scratch], np.where(wanted_ids < 0, -1, from_scratch[np.maximum(wanted_ids, 0)]))
+    gone = table.chunks_of(np.array(REMOVED))
+    assert not np.isin(ids, gone).any() and (ids[gone] == -1).all()
+    assert not np.isin(REMOVED, table.documents_in("train", (1, 0, 0))).any()
+
+    build(work, "--retro-tasks", "compact")
+    compacted = WorkDir(work)
+    compacted.verify()
+    assert compacted.facts("chunks")["documents"] == 30  # their numbers stay
+    for ours, theirs in zip(saved(compacted), (wanted_ids, wanted_distances), strict=True):
+        assert np.array_equal(ours, theirs)
+    stored = EmbeddingTable(compacted)
+    assert np.array_equal(stored.rows(np.arange(len(stored))), EmbeddingTable(scratch).rows(np.arange(len(stored))))
+    tokens = (work / "corpus" / "first.2.bin").read_bytes()
+    assert tokens == (tmp_path / "scratch" / "corpus" / "first.bin").read_bytes()
+    named = {name for record in compacted.manifest["stages"].values() for name in record["files"]}
+    there = {name for name in snapshot(work) if name.split("/")[0] not in ("report", "manifest.json")}
+    assert there == named
+    build(work, "--retro-tasks", "compact")
+    assert WorkDir(work).settings["generation"] == 2  # nothing was to be done
+
+
+def test_an_approximate_index_forgets_too(first, texts, tmp_path):
+    work = shutil.copytree(first, tmp_path / "work")
+    manifest = WorkDir(work)
+    shutil.rmtree(work / "index")
+    shutil.rmtree(work / "neighbors")
+    for stage in ("index", "neighbors"):
+        del manifest.manifest["stages"][stage]
+    for name in ("retro_index_str", "index_factory", "index_shards", "tuned", "retro_target_recall"):
+        del manifest.settings[name]
+    manifest.write()
+    build(work, "--retro-index-str", "IVF8,SQ8", "--retro-target-recall", "0.9")
+    remove(work, REMOVED)
+    build(work, "--retro-tasks", "add-documents", "--input", str(write_jsonl(tmp_path / "b.jsonl", texts[30:])))
+    for _ in range(2):
+        after = WorkDir(work)
+        table = ChunkTable.open(after)
+        chunks = table.chunks_of(np.setdiff1d(np.arange(40), REMOVED))
+        ids, distances = (rows[chunks] for rows in saved(after))
+        check_neighbors(ids, distances, table.document_chunks(chunks), Database.open(table, (1, 0, 0)))
+        assert json.loads((work / "report" / "summary.json").read_text())["recall"]["2"] > 0.85
+        build(work, "--retro-tasks", "compact")
+
+
+# ------------------------------------------------------------------------------------------------ interruptions
+
+
+@pytest.mark.parametrize("place", ["query", "_publish", "_keep"])
+def test_an_interrupted_change_leaves_the_old_state_and_goes_on(work, place, monkeypatch):
+    before = snapshot(work)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(changes, place, fail)
+        remove(work, REMOVED)
+    now = snapshot(work)
+    assert {name: now[name] for name in before} == before
+    WorkDir(work).verify()
+    with pytest.raises(UserError, match=r"--retro-tasks compact: an unfinished remove-documents waits"):
+        build(work, "--retro-tasks", "compact")
+    remove(work, REMOVED)
+    assert WorkDir(work).facts("chunks")["removed_documents"] == 4
+    WorkDir(work).verify()
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_refused_changes_write_nothing(work, texts, tmp_path):
+    before = snapshot(work)
+    ids = tmp_path / "ids.txt"
+    for line in ("first:30", "second:0", "17", "first:-1", "first:x"):
+        ids.write_text(f"first:1\n{line}\n")
+        with pytest.raises(UserError, match=rf"{ids}:2: no document '{line}'; there are first:0 … first:29"):
+            build(work, "--retro-tasks", "remove-documents", "--document-ids", str(ids))
+    other = write_jsonl(tmp_path / "first.jsonl", texts[35:])
+    for arguments, message in (
+        (("remove-documents",), "needs --document-ids"),
+        (("remove-documents", "--document-ids", "/nowhere"), "--document-ids /nowhere cannot be read"),
+        (("add-documents",), "needs --input"),
+        (("add-documents", "--input", str(other)), r"would be corpus 'first', .* rename the file"),
+        (("add-documents,embed",), "--retro-tasks names 'add-documents'"),
+        (("build", "--document-ids", str(ids)), "--document-ids goes with --retro-tasks remove-documents"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build(work, "--retro-tasks", *arguments)
+    assert snapshot(work) == before
+    ids.write_text("".join(f"first:{number}\n" for number in range(30)))
+    with pytest.raises(UserError, match=r"leaves no document of 30 for train \(30 are removed\)"):
+        build(work, "--retro-tasks", "remove-documents", "--document-ids", str(ids))
+    with pytest.raises(UserError, match="the stage 'neighbors' is not finished"):
+        build(tmp_path / "new", "--retro-tasks", "compact")
