@@ -107,7 +107,7 @@ def test_neighbors_come_from_no_document_of_the_sample(table: ChunkTable) -> Non
         own = set(table.document(chunks).tolist())
         for row, chunk in enumerate(chunks):
             allowed = [id for id in ids[chunk] if int(table.document(np.array(id))) not in own]
-            expected = [] if table.is_last(np.array([chunk]))[0] else allowed[:2]
+            expected = [] if table.is_last(np.array([chunk]))[0] else list(dict.fromkeys(allowed))[:2]
             assert [id for id in chosen[row] if id >= 0] == expected
 
 
@@ -124,6 +124,22 @@ def test_neighbor_text_is_chunk_and_continuation_of_its_document(table: ChunkTab
     assert batch.neighbor_lengths_BxLxK[0, 0].tolist() == [7, 2]
     assert batch.neighbor_tokens_BxLxKxR[0, 0, 0].tolist() == [*range(begin + 15, begin + 22), PAD, PAD, PAD]
     assert batch.neighbor_tokens_BxLxKxR[0, 0, 1].tolist() == [begin + 20, begin + 21, *[PAD] * 8]
+
+
+def test_neighbors_that_repeat_one_another_or_copy_their_chunk_are_passed_over() -> None:
+    """Chunks of 5 tokens: 0 asks; 2 shares a run of 3 with it, 4 and 6 have the same text, 8 shares nothing."""
+    text = [1, 2, 3, 4, 5, 99, 99, 99, 99, 99]
+    text += [9, 2, 3, 4, 8, 60, 61, 62, 63, 64]
+    text += [30, 31, 32, 33, 34, 70, 71, 72, 73, 74] + [30, 31, 32, 33, 34, 80, 81, 82, 83, 84]
+    text += [40, 41, 42, 43, 44, 90, 91, 92, 93, 94]
+    tokens = np.array(text, np.uint16)
+    some = Corpus("some", tokens, np.arange(0, 50, 10), np.full(5, 10), 0.0)
+    ids = np.tile([2, 4, 6, 8], (10, 1))
+    for max_overlap, expected in ((1.0, [2, 4, 8]), (0.6, [2, 4, 8]), (0.59, [4, 8, -1]), (0.0, [4, 8, -1])):
+        one = samples(
+            ChunkTable([some], CHUNK), neighbors=Fixed(ids), num_neighbors=3, chunks_a_sample=2, max_overlap=max_overlap
+        )
+        assert one._foreign(np.array([0, 1]))[0].tolist() == expected
 
 
 def test_retrieval_modes_and_dropout() -> None:

@@ -23,6 +23,9 @@ class RetroConfig:
     retro_encoder_num_attention_heads: int | None = flag(None, "its heads", show="its width / --kv-channels")
     retro_retrieval_dropout: float = flag(0.1, "share of training samples whose neighbors are all hidden")
     retro_random_neighbor_prob: float = flag(0.05, "share of training samples that get random neighbors")
+    retro_max_overlap: float = flag(
+        1.0, "training reads no neighbor that shares a longer run of tokens with its chunk than this share of a chunk"
+    )
 
     def finish(self, model: "ModelConfig") -> None:
         """Fill in what follows from the decoder; check. Call after `model.finish()`.
@@ -45,7 +48,7 @@ class RetroConfig:
         encoder = ("layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
         for name in ("retro_num_neighbors", *(f"retro_encoder_{field}" for field in encoder)):
             _at_least_one(name, getattr(self, name))
-        for name in ("retro_retrieval_dropout", "retro_random_neighbor_prob"):
+        for name in ("retro_retrieval_dropout", "retro_random_neighbor_prob", "retro_max_overlap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{flag_name(name)} is {getattr(self, name)}; it is a share, from 0 to 1")
         if self.retro_retrieval_dropout + self.retro_random_neighbor_prob > 1:

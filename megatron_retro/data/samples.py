@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from megatron_retro.data.chunks import ChunkTable, Stream
+from megatron_retro.data.overlap import longest_common_run
 from megatron_retro.errors import UserError
 
 RETRIEVAL_MODES = ("on", "off", "random")
 
 # Streams of random numbers that never meet: default_rng((seed, stream, …)).
 _DOCUMENT_STREAM, _SAMPLE_STREAM, _NEIGHBOR_STREAM = range(3)
+
+_HASH_BASE = 6_364_136_223_846_793_005  # of a polynomial modulo 2^64 that stands for a row of tokens
 
 
 class NeighborSource(Protocol):
@@ -117,6 +120,7 @@ class Samples:
         num_neighbors: K.
         retrieval_dropout: share of samples whose neighbors are hidden.
         random_neighbor_prob: share of samples whose neighbors are random chunks of the database.
+        max_overlap: neighbors whose longest common run with the chunk is over this share of C tokens are not read.
 
     Raises:
         UserError: the split holds no sample.
@@ -138,10 +142,13 @@ class Samples:
         num_neighbors: int = 2,
         retrieval_dropout: float = 0.0,
         random_neighbor_prob: float = 0.0,
+        max_overlap: float = 1.0,
     ):
         self.table, self._neighbors, self._pad, self._seed = table, neighbors, pad, seed
         self._num_neighbors = num_neighbors
         self._dropout, self._random = retrieval_dropout, random_neighbor_prob
+        self._max_run = max_overlap * table.chunk_length
+        self._powers = np.cumprod(np.full(table.chunk_length, _HASH_BASE, np.uint64))
         self.chunks_a_sample = chunks_a_sample
         self._database = Stream(table, table.documents_in("train", split_weights))
         self._corpora, weights = [], []
@@ -225,14 +232,27 @@ class Samples:
 
         None from any document of the sample, not just from the chunk's own: a later document of the sample could
         otherwise read its own text through an earlier one. None for the last chunk of a document: only the next
-        document's first tokens would read them.
+        document's first tokens would read them. None with the text of a nearer one: it would say the same again.
         """
         assert self._neighbors is not None
         ids = np.where(chunks[:, None] < 0, -1, self._neighbors.ids(np.maximum(chunks, 0)))
         own = np.isin(self.table.document(np.maximum(ids, 0)), self.table.document(chunks[chunks >= 0]))
         dropped = (ids < 0) | own | self.table.is_last(np.maximum(chunks, 0))[:, None]
+        dropped |= self._repeated_or_copied(chunks, np.where(dropped, -1, ids))
         nearest = np.argsort(dropped, axis=1, kind="stable")[:, : self._num_neighbors]
         return np.take_along_axis(np.where(dropped, -1, ids), nearest, axis=1)
+
+    def _repeated_or_copied(self, chunks: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Which neighbors [L, K_saved] have the text of a nearer one, or too long a run of their chunk's."""
+        length = self.table.chunk_length
+        rows, lengths = self.table.tokens(ids.reshape(-1), length, self._pad)
+        text = (rows.astype(np.uint64) * self._powers).sum(1).reshape(ids.shape)
+        repeated = np.tril((text[:, :, None] == text[:, None, :]) & (ids[:, None, :] >= 0), -1).any(2)
+        if self._max_run >= length:
+            return repeated
+        own, own_lengths = (np.repeat(part, ids.shape[1], 0) for part in self.table.tokens(chunks, length, self._pad))
+        run, _, _ = longest_common_run(own, rows, own_lengths, lengths)
+        return repeated | (run.reshape(ids.shape) > self._max_run)
 
     def _randomized(self, ids: np.ndarray, chunks: np.ndarray, draw: np.random.Generator) -> np.ndarray:
         """Each neighbor replaced by a random chunk of the database, not from the sample's documents."""

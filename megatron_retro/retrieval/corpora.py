@@ -1,6 +1,7 @@
 """The task `tokenize`: from `--input` and `--data-path` to the tokenizer and the corpora of a work dir."""
 
 import pathlib
+import time
 from typing import Any
 
 from megatron_retro import distributed
@@ -9,7 +10,7 @@ from megatron_retro.errors import UserError
 from megatron_retro.retrieval.progress import Progress, say
 from megatron_retro.workdir import WorkDir, fingerprint, write_atomically
 
-TOKENIZER_SAMPLE_BYTES = 20_000_000
+TOKENIZER_SAMPLE_BYTES = 10_000_000
 
 
 def check_sources(config: PreprocessConfig, work: WorkDir) -> None:
@@ -105,7 +106,10 @@ def _begin(work: WorkDir, config: PreprocessConfig, known: dict[str, dict[str, A
     settle(config, work, "tokenize")
     _settle_sources(work, config, known)
     if not work.has("tokenizer"):
+        start = time.monotonic()
         _make_tokenizer(work, config)
+        work.settings.setdefault("seconds", {})["tokenizer"] = round(time.monotonic() - start, 1)
+        work.write()
 
 
 def _settle_sources(work: WorkDir, config: PreprocessConfig, known: dict[str, dict[str, Any]]) -> None:

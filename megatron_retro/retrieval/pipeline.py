@@ -12,7 +12,7 @@ from megatron_retro.config.preprocessing import CHANGES, PreprocessConfig, check
 from megatron_retro.errors import UserError
 from megatron_retro.retrieval import stages
 from megatron_retro.retrieval.corpora import check_sources, tokenize
-from megatron_retro.retrieval.progress import duration, say
+from megatron_retro.retrieval.progress import duration, forget_peak_memory, peak_memory, say
 from megatron_retro.workdir import NEXT, WorkDir, check_writable
 
 _HOURS_A_TASK = 7 * 24  # a rank may wait so long for the slowest one
@@ -69,6 +69,7 @@ def _start(work: WorkDir) -> None:
 
 def _run(task: str, work: WorkDir, config: PreprocessConfig) -> None:
     start = time.monotonic()
+    forget_peak_memory()
     if task == "tokenize":
         tokenize(work, config)
     elif task == "db-build":
@@ -85,13 +86,15 @@ def _run(task: str, work: WorkDir, config: PreprocessConfig) -> None:
         query(work, config)
     else:
         raise UserError(f"--retro-tasks: no task {task}")
-    work.on_rank_0(lambda: _record_seconds(work, task, start))
+    peak = max(distributed.all_gather(peak_memory()))
+    work.on_rank_0(lambda: _record_cost(work, task, time.monotonic() - start, peak))
     say(f"{task}: done in {duration(time.monotonic() - start)}")
 
 
-def _record_seconds(work: WorkDir, task: str, start: float) -> None:
-    seconds = work.settings.setdefault("seconds", {})
-    seconds[task] = round(seconds.get(task, 0) + time.monotonic() - start, 1)
+def _record_cost(work: WorkDir, task: str, more: float, peak: int) -> None:
+    seconds, memory = work.settings.setdefault("seconds", {}), work.settings.setdefault("peak_memory_mb", {})
+    seconds[task] = round(seconds.get(task, 0) + more, 1)
+    memory[task] = max(memory.get(task, 0), round(peak / 1e6))
     work.write()
 
 

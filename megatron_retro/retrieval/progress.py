@@ -1,5 +1,8 @@
 """Progress of a stage: a bar on a terminal, else a plain line every ten seconds. Rank 0 alone prints."""
 
+import contextlib
+import pathlib
+import resource
 import sys
 import time
 from typing import Any
@@ -57,6 +60,21 @@ def say(line: str) -> None:
     """Print a line, on rank 0."""
     if distributed.rank() == 0:
         print(line, file=sys.stderr, flush=True)
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory` count from here on, where the system can."""
+    with contextlib.suppress(OSError):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, files that are mapped into it included, in bytes."""
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def duration(seconds: float) -> str:

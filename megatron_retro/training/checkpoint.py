@@ -28,6 +28,7 @@ _LATEST = "latest_checkpointed_iteration.txt"
 # What the weights' shapes and meaning depend on: a checkpoint's values must be the run's.
 _FREE = {"hidden_dropout", "attention_dropout", "init_method_std", "seq_length", "max_position_embeddings"}
 _FREE |= {"retro_work_dir", "retro_num_neighbors", "retro_retrieval_dropout", "retro_random_neighbor_prob"}
+_FREE |= {"retro_max_overlap"}
 
 
 @dataclasses.dataclass

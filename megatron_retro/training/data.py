@@ -100,6 +100,7 @@ class TrainingData:
             num_neighbors=retro.retro_num_neighbors if retro else 0,
             retrieval_dropout=retro.retro_retrieval_dropout if retro and training else 0.0,
             random_neighbor_prob=retro.retro_random_neighbor_prob if retro and training else 0.0,
+            max_overlap=retro.retro_max_overlap if retro and training else 1.0,
         )
 
     def open_tokenizer(self) -> Tokenizer:
