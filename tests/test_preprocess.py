@@ -230,6 +230,59 @@ def test_bad_records_are_counted_or_refused(tmp_path):
     assert not WorkDir(tmp_path / "strict").has("corpus")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--retro-index-str", "IVF16,Nonsense"),
+            r"--retro-index-str IVF16,Nonsense: FAISS cannot make it .* width 384",
+        ),
+        (("--retro-index-str", "PQ7"), r"--retro-index-str PQ7: FAISS cannot make it .* width 384"),
+        (("--retro-target-recall", "0"), "--retro-target-recall is 0; it lies above 0 and up to 1"),
+        (("--retro-target-recall", "1.01"), "--retro-target-recall is 1.01"),
+        (("--retro-index-memory-gb", "-1"), "--retro-index-memory-gb is -1; it must be above 0"),
+        (("--retro-retriever", "sparse"), "--retro-retriever is 'sparse'; it takes dense, bm25, hybrid"),
+        (("--retro-embedder", "/proc"), "--retro-embedder /proc is no checkpoint's directory"),
+        (("--retro-embedder", "./nothing"), "--retro-embedder ./nothing is no checkpoint's directory"),
+        (("--json-key", "body"), "--json-key body .40 no key 'body'.; the first one has the keys text, give"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(small_input, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        build(tmp_path / "work", "--input", str(small_input), *arguments)
+    assert not (tmp_path / "work").exists()
+
+
+def test_an_index_that_must_be_tuned(small_work, tmp_path):
+    """The fewest probes, told, written down, and enough; a graph's efSearch likewise."""
+    for factory, name in (("IVF16,RaBitQ", "nprobe"), ("HNSW16,SQ4", "ef_search")):
+        work = copy_without(small_work, tmp_path / factory[:3], "index", "neighbors")
+        shutil.rmtree(work.path / "index")
+        shutil.rmtree(work.path / "neighbors")
+        for setting in ("retro_index_str", "index_factory", "index_shards", "retro_target_recall", "tuned"):
+            del work.settings[setting]
+        work.write()
+        build(work.path, "--retro-index-str", factory, "--retro-target-recall", "0.8")
+        settings = WorkDir(work.path).settings
+        assert settings["tuned"]["recall"] >= 0.8 and settings["tuned"][name] >= 1
+        assert settings["measured"]["recall"]["2"] > 0.75 and settings["measured"]["ms_per_query"] > 0
+        assert settings["measured"]["bytes_per_vector"] == WorkDir(work.path).facts("index")["bytes_per_vector"] > 48
+
+
+def test_a_target_that_no_setting_reaches_is_told(small_work, tmp_path, monkeypatch, capsys):
+    from megatron_retro.retrieval import tuning
+
+    monkeypatch.setattr(tuning, "_MOST_PROBES", 2)
+    work = copy_without(small_work, tmp_path / "work", "index", "neighbors")
+    shutil.rmtree(work.path / "index")
+    shutil.rmtree(work.path / "neighbors")
+    for setting in ("retro_index_str", "index_factory", "index_shards", "retro_target_recall", "tuned"):
+        del work.settings[setting]
+    work.write()
+    build(work.path, "--retro-index-str", "IVF16,Flat", "--retro-target-recall", "0.99")
+    assert "--retro-target-recall 0.99 cannot be met with IVF16,Flat; " in capsys.readouterr().err
+
+
 def test_several_corpora_and_megatron_data_used_in_place(small_work, tmp_path):
     """A dataset with two sequences a document is one run of tokens a document, and is not copied."""
     from test_chunks import write_dataset
@@ -288,8 +341,13 @@ def test_one_document_alone_has_no_neighbors(tmp_path):
 
 def test_a_corpus_without_text_or_without_train_documents_is_refused(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", ["", ""])
-    with pytest.raises(UserError, match="no tokenizer of --vocab-size"):
+    with pytest.raises(UserError, match=r"no document has text under --json-key text \(2 empty text\)"):
         build(tmp_path / "empty", "--input", str(file))
+    with pytest.raises(
+        UserError, match=r"under --json-key content \(2 no key 'content'\); the first one has the keys text,"
+    ):
+        build(tmp_path / "empty", "--input", str(file), "--json-key", "content")
+    assert not (tmp_path / "empty").exists()
     write_jsonl(file, ["a few words in one document"])
     with pytest.raises(UserError, match=r"--split 0\.001,1\.0,0\.0 leaves no document of 1 for train"):
         build(tmp_path / "split", "--input", str(file), "--vocab-size", "400", "--split", "0.001,1,0")

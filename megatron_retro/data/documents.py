@@ -64,6 +64,14 @@ class JsonLine:
             raise BadRecord(f"no key {key!r}")
         return _usable(value[key], key)
 
+    def keys(self) -> str:
+        """The keys that hold strings, for messages."""
+        try:
+            value = json.loads(_decoded(self.raw))
+        except (ValueError, RecursionError, BadRecord):
+            return ""
+        return ", ".join(key for key, held in value.items() if isinstance(held, str)) if isinstance(value, dict) else ""
+
 
 @dataclasses.dataclass(frozen=True)
 class ParquetRow:

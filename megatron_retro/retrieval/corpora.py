@@ -1,5 +1,7 @@
 """The task `tokenize`: from `--input` and `--data-path` to the tokenizer and the corpora of a work dir."""
 
+import collections
+import itertools
 import pathlib
 import time
 from typing import Any
@@ -129,6 +131,33 @@ def _settle_sources(work: WorkDir, config: PreprocessConfig, known: dict[str, di
                 f"--input {source['path']} was {source['fingerprint']} when --retro-work-dir {work.path} was begun, "
                 f"is now {found}; restore the files, or build a new work dir"
             )
+        if not source["tokens"]:
+            _check_texts(source, work.settings["json_key"])
+
+
+def _check_texts(source: dict[str, Any], key: str) -> None:
+    """Refuse an input of which no record, among the first thousand, has text.
+
+    Raises:
+        UserError: tells why, and which keys there are.
+    """
+    from megatron_retro.data.documents import BadRecord, JsonLine, Source
+
+    reasons: collections.Counter[str] = collections.Counter()
+    keys = ""
+    for record in itertools.islice(Source.find(source["path"]).records(key), 1000):
+        try:
+            record.text(key)
+            return
+        except BadRecord as reason:
+            reasons[str(reason)] += 1
+        if isinstance(record, JsonLine) and not keys:
+            keys = record.keys()
+    why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "it holds no record"
+    raise UserError(
+        f"--input {source['path']}: no document has text under --json-key {key} ({why})"
+        + (f"; the first one has the keys {keys}, give --json-key one of them" if keys else "; give other documents")
+    )
 
 
 def _make_tokenizer(work: WorkDir, config: PreprocessConfig) -> None:

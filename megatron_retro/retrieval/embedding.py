@@ -4,6 +4,7 @@ embeddings/<corpus>/<a>-<b>.npy     [b-a, E] float16
 """
 
 import importlib.util
+import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -92,6 +93,24 @@ def resolve(name: str) -> tuple[str, bool]:
         if found and found.submodule_search_locations:
             return str(pathlib.Path(found.submodule_search_locations[0]) / folder), True
     return name, pathlib.Path(name).is_dir()
+
+
+def checkpoint_width(name: str) -> int | None:
+    """The hidden size that a checkpoint's directory tells; None for a name on the hub.
+
+    Raises:
+        UserError: a directory without a checkpoint's config.json, or a path to nothing.
+    """
+    where, is_directory = resolve(name)
+    if not is_directory and not name.startswith((".", "/", "~")):
+        return None
+    try:
+        return json.loads((pathlib.Path(where) / "config.json").read_text(encoding="utf-8")).get("hidden_size")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"--retro-embedder {name} is no checkpoint's directory: its config.json cannot be read ({error}); "
+            "give a directory that transformers' save_pretrained, or sentence-transformers, wrote"
+        ) from None
 
 
 def weights_print(name: str) -> str:

@@ -55,9 +55,21 @@ _LISTS = ((1_000_000, 0), (10_000_000, 1 << 14), (100_000_000, 1 << 16), (1_000_
 _FLAT_QUANTIZER = 4096  # lists up to which comparing with all centroids is as fast as a graph over them
 
 
-def auto_nprobe(num_lists: int) -> int:
-    """Before it is tuned. Neighbors of other documents lie far: 64 of 1,024 lists, 256 of 16,384, 1,024 of 262,144."""
-    return min(num_lists, max(8, 2 * math.isqrt(num_lists)))
+def check_factory(factory: str, width: int) -> None:
+    """Refuse what is no factory string for vectors of a width.
+
+    Raises:
+        UserError: FAISS does not know it.
+    """
+    import faiss
+
+    try:
+        faiss.index_factory(width, factory, faiss.METRIC_L2)
+    except RuntimeError as error:
+        raise UserError(
+            f"--retro-index-str {factory}: FAISS cannot make it for embeddings of width {width} ({_reason(error)}); "
+            "give another factory string, or auto"
+        ) from None
 
 
 def train_index(factory: str, embeddings: EmbeddingTable, database: Database, width: int, seed: int) -> Any:
@@ -72,8 +84,14 @@ def train_index(factory: str, embeddings: EmbeddingTable, database: Database, wi
         index = faiss.index_factory(width, factory, faiss.METRIC_L2)
         if inverted_lists(index) is None and not isinstance(index, faiss.IndexIDMap):
             index = faiss.IndexIDMap2(index)
+        lists = inverted_lists(index)
+        on_gpus = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(lists.d)) if lists and gpus_search() else None
+        if on_gpus is not None:
+            lists.clustering_index = on_gpus
         if not index.is_trained:
             index.train(_sample(index, embeddings, database, seed))
+        if on_gpus is not None:
+            lists.clustering_index = None
         trial = faiss.clone_index(index)
         trial.add_with_ids(np.zeros((1, width), np.float32), np.zeros(1, np.int64))
     except RuntimeError as error:
@@ -82,6 +100,21 @@ def train_index(factory: str, embeddings: EmbeddingTable, database: Database, wi
             f"({_reason(error)}); give another factory string, or auto"
         ) from None
     return index
+
+
+def gpus_search() -> bool:
+    """Whether FAISS has GPUs that find the right neighbors: a small search tells, not the import alone."""
+    import faiss
+
+    if not (hasattr(faiss, "index_cpu_to_all_gpus") and faiss.get_num_gpus()):
+        return False
+    points = np.eye(64, dtype=np.float32)
+    try:
+        index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(64))
+        index.add(points)
+        return bool((index.search(points, 1)[1][:, 0] == np.arange(64)).all())
+    except RuntimeError:
+        return False
 
 
 def inverted_lists(index: Any) -> Any:

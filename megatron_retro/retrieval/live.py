@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from megatron_retro.retrieval.embedding import Embedder
+from megatron_retro.errors import UserError
+from megatron_retro.retrieval.embedding import Embedder, weights_print
 from megatron_retro.retrieval.index_search import IndexSearch
 from megatron_retro.retrieval.query import OpenIndex
 from megatron_retro.workdir import WorkDir
@@ -25,6 +26,12 @@ class LiveRetriever:
         )
         facts = work.facts("embeddings")
         self._embedder = Embedder(facts["embedder"], facts["dtype"], _BATCH_SIZE)
+        found, width = weights_print(facts["embedder"]), self._embedder.width
+        if (found, width) != (facts["weights"], facts["width"]):
+            raise UserError(
+                f"the embedder {facts['embedder']} has weights {found} of width {width}, --retro-work-dir {work.path} "
+                f"was made with {facts['weights']} of width {facts['width']}; restore the checkpoint"
+            )
 
     def search(self, texts: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The nearest database chunks of texts.

@@ -46,6 +46,7 @@ def preprocess(config: PreprocessConfig) -> None:
         say(f"nothing to do: {', '.join(config.tasks())} finished in {work.path}")
         return
     _start(work)
+    work.on_rank_0(lambda: stages.check_engines(work, config))
     for task in distributed.all_gather(todo)[0]:
         _run(task, work, config)
     _summarize(work)

@@ -9,12 +9,30 @@ import pathlib
 from typing import Any
 
 from megatron_retro import distributed
-from megatron_retro.config.preprocessing import PreprocessConfig, settle, split_weights
+from megatron_retro.config.preprocessing import DEFAULTS, PreprocessConfig, settle, split_weights
 from megatron_retro.errors import UserError
 from megatron_retro.retrieval.blocks import Advance, auto_block_size, is_complete, make_blocks, plan
 from megatron_retro.retrieval.corpora import open_tokenizer
 from megatron_retro.retrieval.progress import say
 from megatron_retro.workdir import WorkDir
+
+
+def check_engines(work: WorkDir, config: PreprocessConfig) -> None:
+    """Refuse an embedder or an index that cannot be, before hours of work on what comes before them.
+
+    Raises:
+        UserError: the embedder's directory holds no checkpoint, or FAISS does not know the factory string.
+    """
+    from megatron_retro.retrieval.embedding import checkpoint_width
+    from megatron_retro.retrieval.index import check_factory
+
+    given, settings = config.retrieval, work.settings
+    name = given.retro_embedder or settings.get("retro_embedder") or DEFAULTS["retro_embedder"]
+    width = work.facts("embeddings")["width"] if work.has("embeddings") else checkpoint_width(name)
+    factory = given.retro_index_str or settings.get("retro_index_str")
+    if factory not in (None, "auto") and width:
+        check_factory(factory, width)
+
 
 # ------------------------------------------------------------------------------------------------ db-build
 
