@@ -1,5 +1,6 @@
 """Neighbors equal brute force, never come from the own document, and are explicit where there are none."""
 
+import shutil
 import types
 
 import faiss
@@ -398,6 +399,21 @@ def test_order_of_texts_and_progress(minilm):
     single = np.concatenate([minilm.embed(minilm.encode([text])) for text in texts[:4]])
     np.testing.assert_allclose(embeddings[:4].astype(np.float32), single.astype(np.float32), atol=2e-3)
     assert minilm.embed([]).shape == (0, 384)
+
+
+def test_live_queries(small_work, tmp_path):
+    """The text of a chunk of the database finds that chunk; another checkpoint than the work dir's is refused."""
+    from megatron_retro.data.tokenizer import Tokenizer
+    from megatron_retro.retrieval.live import LiveRetriever
+
+    work = WorkDir(shutil.copytree(small_work, tmp_path / "work"))
+    chunks = all_chunks(database_of(work))[[0, 7, 333]]
+    texts = chunk_texts(ChunkTable.open(work), chunks, Tokenizer.open(work.path / "tokenizer" / "tokenizer.model"))
+    ids, distances = LiveRetriever(work).search(texts, 5)
+    assert np.array_equal(ids[:, 0], chunks) and (distances[:, 0] < 0.01).all() and (np.diff(distances) >= 0).all()
+    work.facts("embeddings")["weights"] = "another"
+    with pytest.raises(UserError, match=r"has weights \S+ of width 384, .* was made with another of width 384"):
+        LiveRetriever(work)
 
 
 def test_plain_bert_directory_gets_masked_mean_pooling(tmp_path):

@@ -5,6 +5,7 @@ embeddings/<corpus>/<a>-<b>.npy     [b-a, E] float16
 
 import importlib.util
 import json
+import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -121,6 +122,9 @@ def weights_print(name: str) -> str:
 
 
 def _load(name: str) -> Any:
+    # oneDNN keeps code and buffers for every shape it has met, a gigabyte in the end; batches sorted by length meet
+    # each shape once.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     import torch
 
     try:
