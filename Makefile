@@ -16,13 +16,21 @@ SCRIPTS := $(wildcard examples/*.sbatch examples/*/*.sh) .ci/run
 # Threads of each of the two processes that torchrun starts here; unset, torchrun says that it sets one.
 export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 2) // 2))')
 
-.PHONY: quickstart test check docs-check format clean
+.PHONY: quickstart test chromium check docs-check format clean
 
 quickstart: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/run.sh
 
-test: $(READY)
+test: $(READY) chromium
 	$(BIN)/python -m pytest -q
+
+# A browser reads the page of tools/inspect_retro_data.py in one of the tests. Where there is none, and this is root on
+# Debian, its package is installed; elsewhere that test is skipped, and says so.
+chromium:
+	@{ command -v chromium || command -v google-chrome || { \
+	  test "$$(id -u)" = 0 && command -v apt-get && apt-get -qq update && \
+	  DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium; \
+	}; } > /dev/null 2>&1 || echo "chromium is not here and could not be installed: its tests will be skipped"
 
 check: $(READY)
 	$(BIN)/ruff format --check .

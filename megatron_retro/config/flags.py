@@ -71,7 +71,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def flag_name(field_name: str) -> str:
-    return "--" + field_name.replace("_", "-")
+    """`--flag-name`; `-k` where the name is one letter."""
+    return ("--" if len(field_name) > 1 else "-") + field_name.replace("_", "-")
 
 
 def _groups(config_class: type) -> dict[str, type]:

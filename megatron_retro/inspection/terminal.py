@@ -1,0 +1,73 @@
+"""The nearest chunks of a text, for people and as JSON."""
+
+import json
+import shutil
+import sys
+import textwrap
+from typing import Any
+
+from megatron_retro.data.chunks import ChunkTable
+from megatron_retro.inspection.texts import document_names
+from megatron_retro.retrieval.corpora import open_tokenizer
+from megatron_retro.workdir import WorkDir
+
+_BOLD, _DIM, _PLAIN = "\033[1m", "\033[2m", "\033[0m"
+
+
+def answer(work: WorkDir, query: str, k: int, *, as_json: bool) -> str:
+    """What to print: the `k` nearest chunks of the text, each with its continuation.
+
+    Raises:
+        UserError: a stage is not finished, or the embedder cannot be loaded.
+    """
+    found = search(work, query, k)
+    if as_json:
+        return json.dumps({"query": query, "neighbors": found}, indent=1)
+    width = min(100, shutil.get_terminal_size((100, 24)).columns)
+    return "\n\n".join(_shown(neighbor, width, color=sys.stdout.isatty()) for neighbor in found) or "no chunk was found"
+
+
+def search(work: WorkDir, query: str, k: int) -> list[dict[str, Any]]:
+    """Rank, distance, chunk id, document, text and continuation of the `k` nearest chunks, or fewer if there are."""
+    from megatron_retro.retrieval.live import LiveRetriever
+
+    ids, distances = (array[0] for array in LiveRetriever(work).search([query], k))
+    ids, distances = ids[ids >= 0], distances[ids >= 0]
+    table, tokenizer = ChunkTable.open(work), open_tokenizer(work)
+    length = table.chunk_length
+    tokens, lengths = table.tokens(ids, 2 * length, tokenizer.pad)
+    rows = [row[:size].tolist() for row, size in zip(tokens, lengths, strict=True)]
+    texts = tokenizer.decode([row[:length] for row in rows])
+    continuations = tokenizer.decode([row[length:] for row in rows])
+    return [
+        {
+            "rank": rank + 1,
+            "distance": round(float(distances[rank]), 4),
+            "chunk": int(ids[rank]),
+            "document": document,
+            "text": texts[rank],
+            "continuation": continuations[rank],
+        }
+        for rank, document in enumerate(document_names(table, table.document(ids)))
+    ]
+
+
+def _shown(neighbor: dict[str, Any], width: int, *, color: bool) -> str:
+    head = f"{neighbor['rank']}.  {neighbor['document']}   distance {neighbor['distance']:.3f}"
+    parts = [
+        (_BOLD, head),
+        ("", _wrapped(neighbor["text"], width)),
+        (_DIM, _wrapped(neighbor["continuation"], width, "    … ")),
+    ]
+    return "\n".join(f"{style}{text}{_PLAIN}" if color and style else text for style, text in parts if text)
+
+
+def _wrapped(text: str, width: int, first: str = "    ") -> str:
+    """The lines of a text, none longer than `width`, without what could steer a terminal."""
+    lines = [_printable(line) for line in text.splitlines() if line.strip()]
+    wrapped = [part for line in lines for part in textwrap.wrap(line, width - len(first)) or [""]]
+    return "\n".join((first if number == 0 else " " * len(first)) + line for number, line in enumerate(wrapped))
+
+
+def _printable(line: str) -> str:
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in line)
