@@ -325,6 +325,7 @@ def test_page_and_answer_together(
 # ------------------------------------------------------------------------------------------------ browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+PATIENCE = 120_000  # milliseconds, for a machine with much else to do
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium or google-chrome on PATH: apt-get install chromium"
 )
@@ -336,7 +337,7 @@ def browser() -> Iterator[Any]:
     flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     flags += " --disable-component-update --disable-sync"
     with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=flags.split())
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=flags.split(), timeout=PATIENCE)
         yield opened
         opened.close()
 
@@ -349,6 +350,7 @@ class Reader:
         self.complaints: list[str] = []
         self.requests: list[str] = []
         self.page = browser.new_page(viewport={"width": 1280, "height": 900})
+        self.page.set_default_timeout(PATIENCE)
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_retro.config.preprocessing import TASKS
+from megatron_retro.config.preprocessing import CHANGES, TASKS
 from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.inspection.sample import Sample
 from megatron_retro.retrieval.progress import duration
@@ -20,7 +20,7 @@ Rows = list[tuple[str, str]]
 
 def recorded(work: WorkDir) -> list[tuple[str, Rows]]:
     """Titles, each with rows of a name and its value; "not measured" is a value."""
-    return [("Text", _text(work)), ("Retrieval", _retrieval(work)), ("Time", _time(work))]
+    return [("Text", _text(work)), ("Retrieval", _retrieval(work)), ("Time and memory", _cost(work))]
 
 
 def _text(work: WorkDir) -> Rows:
@@ -46,30 +46,32 @@ def _text(work: WorkDir) -> Rows:
 def _retrieval(work: WorkDir) -> Rows:
     embedder, index, neighbors = (work.facts(stage) for stage in ("embeddings", "index", "neighbors"))
     summary = _summary(work)
-    measured = {**index, **summary.get("tuned", {}), **summary}
+    measured = {**index, **neighbors, **summary.get("tuned", {}), **summary}
     recall = measured.get("recall", {})
 
     def told(name: str, form: str, unit: str = "") -> str:
         return f"{measured[name]:{form}}{unit}" if measured.get(name) is not None else "not measured"
 
     rows = [
+        ("retriever", measured.get("retriever", "dense")),
         ("embedder", embedder["embedder"]),
-        ("embedding", f"{embedder['width']} wide, computed in {embedder['dtype']}"),
+        ("embedding", f"{embedder['width']} wide, {embedder['dtype']}"),
         ("index", index["factory"]),
         ("neighbors a chunk", f"{neighbors['num_neighbors']}"),
         *((f"recall@{k}", f"{recall[k]:.4f}" if k in recall else "not measured") for k in ("2", "10")),
-        ("time a query", told("ms_per_query", ".2g", " ms")),
+        ("time a query", told("ms_per_query", ",.2f", " ms")),
         ("bytes a vector", told("bytes_per_vector", ",.0f")),
     ]
-    if measured.get("retriever"):
-        rows.insert(1, ("retriever", measured["retriever"]))
     return rows + ([("lists searched", f"{measured['nprobe']:,}")] if measured.get("nprobe") else [])
 
 
-def _time(work: WorkDir) -> Rows:
-    seconds = work.settings.get("seconds", {})
-    tasks = [*(task for task in TASKS if task in seconds), *(task for task in seconds if task not in TASKS)]
-    return [(task, duration(seconds[task])) for task in tasks] + [("in all", duration(sum(seconds.values())))]
+def _cost(work: WorkDir) -> Rows:
+    seconds, memory = work.settings.get("seconds", {}), work.settings.get("peak_memory_mb", {})
+    tasks = [task for task in (*TASKS, *CHANGES) if task in seconds]
+    rows = [(task, duration(seconds[task]) + (f", {memory[task]:,} MB" if task in memory else "")) for task in tasks]
+    rows.append(("in all", duration(sum(seconds[task] for task in tasks))))
+    training = [("of it, training the tokenizer", duration(seconds["tokenizer"]))] if "tokenizer" in seconds else []
+    return rows + training
 
 
 def _summary(work: WorkDir) -> dict[str, Any]:

@@ -85,6 +85,12 @@ class Chunks {
   document(id) { const [corpus, number] = this.data.texts[id]; return `${this.data.mix.corpora[corpus]}:${number}`; }
   place(id) { const [, , place, all] = this.data.texts[id]; return `chunk ${count(place + 1)} of ${count(all)}`; }
   fraction(id) { const [, , place, all] = this.data.texts[id]; return `${place + 1}/${all}`; }
+
+  snippet(id, typed) {
+    const begin = Math.max(0, this.haystack.get(id).indexOf(typed.trim().toLowerCase()) - 30);
+    return (begin ? "…" : "") + this.text(id).slice(begin, begin + 160);
+  }
+
   isFirst(id) { return this.data.texts[id][2] === 0; }
   isLast(id) { const [, , place, all] = this.data.texts[id]; return place + 1 === all; }
 
@@ -178,6 +184,7 @@ function startBrowser(data) {
   const chunks = new Chunks(data), ids = { all: data.shown, ...data.hard };
   let list = "all", visible = [], shown = null, items = new Map();
 
+  /** A line of the list; its text begins shortly before what was searched for. */
   function listItem(id) {
     const [nearest] = chunks.neighbors(id);
     const facts = nearest ? shared(nearest) : "no neighbor";
@@ -185,7 +192,7 @@ function startBrowser(data) {
       element("div", { class: "head" },
         element("b", {}, chunks.document(id)), element("span", {}, chunks.fraction(id))),
       element("div", { class: "facts" }, facts),
-      element("div", { class: "snippet" }, chunks.text(id).slice(0, 160)));
+      element("div", { class: "snippet" }, chunks.snippet(id, byId("search").value)));
     items.set(id, link);
     return element("li", {}, link);
   }
@@ -194,6 +201,7 @@ function startBrowser(data) {
     visible = chunks.matching(ids[list], byId("search").value);
     items = new Map();
     byId("results").replaceChildren(...visible.map(listItem));
+    byId("results").scrollTop = 0;
     const about = visible.length || byId("search").value ? LISTS[list][1] : "There are none.";
     byId("count").textContent = `${plural(visible.length, "chunk")}. ${about}`;
     for (const button of byId("lists").children) button.setAttribute("aria-pressed", button.value === list);
