@@ -13,7 +13,7 @@ A word is a run of letters and digits with their combining marks, in lower case.
 what a chunk's end leaves of a name still counts. A character of a script that is written without spaces is a word of
 its own. There is neither a stemmer nor a list of stop words, which would each be one language's. In their place, words
 that stand in more than a fifth of the chunks are dropped, and do not count for |c|. On 240,000 chunks of English and
-code these are eleven words, a sixth of the index and more than half of a query's time; a sixth of the best neighbors
+code these are twelve words, a sixth of the index and more than half of a query's time; a sixth of the best neighbors
 change without them, but the share of the ten best that stem from the query's own document (let in for this) does not.
 
 The directory of an index holds bm25s's files and the documents that it was built from; nothing is pickled.
