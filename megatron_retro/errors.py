@@ -1,5 +1,6 @@
 """How bad input ends: one line, exit code 2, on every rank."""
 
+import atexit
 import os
 import sys
 import time
@@ -34,7 +35,12 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
 
 
 def _leave(code: int) -> None:
-    """End at once: threads of a process group would now and then abort, or hang, the interpreter's own shutdown."""
+    """End at once: threads of a process group would now and then abort, or hang, the interpreter's own shutdown.
+
+    Its first step is still taken, for helper processes (megatron-core's, of a save) end there: orphans would keep this
+    program's output open, and whoever reads it waiting.
+    """
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -33,7 +33,7 @@ from megatron_retro import distributed
 from megatron_retro.errors import UserError
 
 STAGES = ("tokenizer", "corpus", "chunks", "embeddings", "index", "neighbors")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NEXT = "manifest.next.json"
 
 _WINDOW_BYTES, _NUM_WINDOWS = 1 << 16, 64

@@ -19,7 +19,7 @@ from megatron_retro.retrieval.ranking import rank_candidates
 
 _SPARE = 6  # candidates beyond K, against rounding
 _SLAB = 16_384  # rows of the database read at once
-_PENDING = 4_000_000  # candidates that wait to be merged
+_PENDING = 2_000_000  # candidates that wait to be merged
 _FIRST_PROBES = 4  # nearest lists, whose best scores bound what the others must reach
 _COARSE_QUERIES = 8192  # whose nearest lists are sought at once
 

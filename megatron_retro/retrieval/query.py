@@ -21,7 +21,7 @@ from megatron_retro.retrieval.retriever import DenseRetriever, Retriever
 from megatron_retro.retrieval.stages import open_database, shard_path
 from megatron_retro.workdir import WorkDir, save_npy
 
-_CHUNKS_AT_ONCE = 65_536  # queries that share one pass over the index
+_CHUNKS_AT_ONCE = 32_768  # queries that share one pass over the index
 _ENDINGS = ((".distances.npy", np.float32), (".ids.npy", np.int64))
 
 
