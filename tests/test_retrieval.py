@@ -294,7 +294,7 @@ def test_a_database_knows_its_chunks():
     database, members = table.database, table.members
     assert np.array_equal(all_chunks(database), members) and len(database) == 358
     assert np.array_equal(database.chunks(250, 320), members[250:320])
-    assert np.array_equal(database.chunks_within(200, 340), members[(200 <= members) & (members < 340)])
+    assert np.array_equal(database.chunks_within(200, 340), members[(members >= 200) & (members < 340)])
     assert np.array_equal(database.holds(np.arange(877)), np.isin(np.arange(877), members))
     assert database.num_foreign(np.array([[0, 1], [1, 301], [303, 360], [0, 0], [877, 877]])).tolist() == [
         358, 58, 301, 358, 358,

@@ -130,7 +130,7 @@ def test_neighbors_that_repeat_one_another_or_copy_their_chunk_are_passed_over()
     """Chunks of 5 tokens: 0 asks; 2 shares a run of 3 with it, 4 and 6 have the same text, 8 shares nothing."""
     text = [1, 2, 3, 4, 5, 99, 99, 99, 99, 99]
     text += [9, 2, 3, 4, 8, 60, 61, 62, 63, 64]
-    text += [30, 31, 32, 33, 34, 70, 71, 72, 73, 74] + [30, 31, 32, 33, 34, 80, 81, 82, 83, 84]
+    text += [30, 31, 32, 33, 34, 70, 71, 72, 73, 74, 30, 31, 32, 33, 34, 80, 81, 82, 83, 84]
     text += [40, 41, 42, 43, 44, 90, 91, 92, 93, 94]
     tokens = np.array(text, np.uint16)
     some = Corpus("some", tokens, np.arange(0, 50, 10), np.full(5, 10), 0.0)
