@@ -7,7 +7,8 @@ python benchmarks/preprocess.py --input proposals.jsonl.gz --retro-work-dir scal
     peak memory is what a rank holds beside mapped files, which the system can take back
 
 The bare engines are the tokenizer, the embedder's forward pass and FAISS, called in loops that do nothing else, on the
-same data, with as many processes and threads as the build.
+same data, with as many processes and threads as the build. The embedder and the pipeline around it embed the same
+blocks in turn; the other stages' rates are those of the build.
 """
 
 import argparse
@@ -15,10 +16,13 @@ import contextlib
 import json
 import pathlib
 import random
+import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -28,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 TOOL = ROOT / "tools" / "preprocess_retro_data.py"
 TEXT_BYTES = 8_000_000  # that the bare tokenizer reads
-EMBEDDED = 1024  # chunks that the bare embedder embeds, a rank
+EMBED_BLOCK, EMBED_BLOCKS, EMBED_ROUNDS = 512, 4, 3  # chunks that the two embedders embed in turn, a rank
 SEARCHED = 2000  # chunks that bare FAISS searches, a rank
 
 
@@ -97,7 +101,7 @@ def build_and_compare(args: argparse.Namespace) -> None:
     megabytes = sum(entry["tokens"] for entry in texts) * bare["bytes_a_token"] / 1e6
     rates: dict[str, tuple[float, str, float | None]] = {
         "tokenize": (megabytes, "MB", bare["tokenize"]),
-        "embed": (chunks["chunks"], "chunks", bare["embed"]),
+        "embed": (chunks["chunks"], "chunks", None),  # compared in turns, below
         "index-add": (chunks["database_chunks"], "chunks", bare["add"]),
         "query-neighbors": (chunks["chunks"], "queries", bare["search"]),
     }
@@ -107,13 +111,14 @@ def build_and_compare(args: argparse.Namespace) -> None:
             continue
         amount, unit, engine = rates.get(stage, (0, "", None))
         rate = amount / max(seconds[stage], 0.05)
+        ratio = rate / engine if engine else bare["embed"] / bare["bare_embed"] if stage == "embed" else None
         rows.append(
             [
                 {"tokenizer": "tokenizer training"}.get(stage, stage),
                 f"{seconds[stage]:,.1f}",
                 f"{seconds[stage] / total:.1%}",
                 f"{rate:,.0f} {unit}/s" if amount else "",
-                f"{rate / engine:.2f}" if engine else "",
+                f"{ratio:.2f}" if ratio else "",
                 f"{memory.get(stage, memory['tokenize']):,} MB",
             ]
         )
@@ -157,9 +162,10 @@ def bare_engines(args: argparse.Namespace) -> None:
     rates = {"tokenize": num_bytes / 1e6 / (time.perf_counter() - start)}
 
     embedder = Embedder(facts["embedder"], facts["dtype"], 32)
-    block = index.embeddings.blocks[int(generator.integers(len(index.embeddings.blocks)))]
-    rows = sorted(embedder.encode(chunk_texts(index.table, block.ids[:EMBEDDED], tokenizer)), key=len, reverse=True)
-    rates["embed"] = _bare_embedder(embedder, rows)
+    first = int(generator.integers(max(1, len(index.embeddings) - EMBED_BLOCK * EMBED_BLOCKS)))
+    chunks = np.arange(first, min(first + EMBED_BLOCK * EMBED_BLOCKS, len(index.embeddings)))
+    blocks = np.array_split(chunks, EMBED_BLOCKS)
+    rates |= _embedders(embedder, blocks, lambda block: chunk_texts(index.table, block, tokenizer))
 
     count = min(SEARCHED, len(index.embeddings))
     chunks = np.sort(generator.choice(len(index.embeddings), count, replace=False))
@@ -186,28 +192,44 @@ def bare_engines(args: argparse.Namespace) -> None:
         print(json.dumps(summed | {"bytes_a_token": num_bytes / num_tokens}))
 
 
-def _bare_embedder(embedder: Any, rows: list[list[int]]) -> float:
-    """Chunks a second of the model alone, on batches that are padded and lie ready."""
+def _embedders(embedder: Any, blocks: list[Any], texts: Callable[[Any], list[str]]) -> dict[str, float]:
+    """Chunks a second of the pipeline's embedder, and of the model alone on batches that are padded and lie ready.
+
+    They take turns, so that a machine that is busy for a while slows both.
+    """
+    import numpy as np
     import torch
 
     from megatron_retro import distributed
 
-    model, batches = embedder._model, []
-    for begin in range(0, len(rows), 32):
-        some = [torch.tensor(row) for row in rows[begin : begin + 32]]
-        ids = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
-        lengths = torch.tensor([len(row) for row in some])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        batches.append({"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)})
-    with torch.inference_mode():
-        for batch in batches[:2]:
-            model(dict(batch))
-        distributed.all_gather(0)
-        start = time.perf_counter()
-        for batch in batches:
-            last = model(dict(batch))["sentence_embedding"]
-        last.cpu()
-        return len(rows) / (time.perf_counter() - start)
+    batches = []
+    for block in blocks:
+        rows = sorted(embedder.encode(texts(block)), key=len, reverse=True)
+        batches += [embedder.pad(rows[begin : begin + 32]) for begin in range(0, len(rows), 32)]
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                last = embedder.model(dict(batch))["sentence_embedding"]
+            last.cpu()  # a GPU has finished then
+
+    def ours(folder: str) -> None:
+        numbers = list(range(len(blocks)))
+
+        def write(number: int, rows: np.ndarray) -> None:
+            np.save(f"{folder}/{number}.npy", rows)
+
+        embedder.embed_blocks(numbers, lambda number: texts(blocks[number]), write)
+
+    seconds: dict[str, list[float]] = {"embed": [], "bare_embed": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(EMBED_ROUNDS):
+            for name, run in (("bare_embed", bare), ("embed", lambda: ours(folder))):
+                distributed.all_gather(0)
+                start = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - start)
+    return {name: sum(map(len, blocks)) / statistics.median(values) for name, values in seconds.items()}
 
 
 # ------------------------------------------------------------------------------------------------ growth

@@ -385,7 +385,7 @@ def test_stored_embeddings_are_those_of_the_detokenized_chunks(small_work, minil
     tokenizer = Tokenizer.open(small_work / "tokenizer" / "tokenizer.model")
     chunks = np.array([0, 1, 150, 299])
     texts = chunk_texts(ChunkTable.open(work), chunks, tokenizer)
-    expected = minilm._model.encode(texts)  # sentence-transformers' own loop
+    expected = minilm.model.encode(texts)  # sentence-transformers' own loop
     np.testing.assert_allclose(minilm.embed(minilm.encode(texts)), expected, atol=1e-3)
     cosine = (EmbeddingTable(work).rows(chunks).astype(np.float32) * expected).sum(1)
     assert cosine.min() > 0.99  # perhaps stored in bfloat16

@@ -3,7 +3,9 @@
 embeddings/<corpus>/<a>-<b>.npy     [b-a, E] float16
 """
 
+import concurrent.futures
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -39,16 +41,16 @@ class Embedder:
         import torch
 
         self._batch_size = batch_size
-        self._model = _load(name).to(getattr(torch, dtype)).eval()
-        self._prompt = self._model.prompts.get(self._model.default_prompt_name) or ""
-        self.width = int(self._model.get_embedding_dimension())
+        self.model = _load(name).to(getattr(torch, dtype)).eval()
+        self._prompt = self.model.prompts.get(self.model.default_prompt_name) or ""
+        self.width = int(self.model.get_embedding_dimension())
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The embedder's own token ids of each text, cut to what it takes; another thread may do it meanwhile."""
         if not texts:
             return []
-        limit = self._model.max_seq_length
-        return self._model.tokenizer([self._prompt + text for text in texts], truncation=True, max_length=limit)[
+        limit = self.model.max_seq_length
+        return self.model.tokenizer([self._prompt + text for text in texts], truncation=True, max_length=limit)[
             "input_ids"
         ]
 
@@ -67,23 +69,56 @@ class Embedder:
         with torch.inference_mode():
             for begin in range(0, len(encoded), self._batch_size):
                 batch = order[begin : begin + self._batch_size]
-                embeddings[batch] = self.forward([encoded[number] for number in batch])
+                output = self.model(self.pad([encoded[number] for number in batch]))
+                embeddings[batch] = output["sentence_embedding"].float().cpu().numpy()
                 advance(len(batch))
         if not np.isfinite(embeddings).all():
             raise UserError("--retro-embedder gives embeddings beyond the range of float16; take another checkpoint")
         return embeddings
 
-    def forward(self, rows: list[list[int]]) -> np.ndarray:
-        """One batch of encoded texts through the model, padded to the longest: [n, E] float32."""
+    def embed_blocks(
+        self,
+        numbers: list[int],
+        texts: Callable[[int], list[str]],
+        write: Callable[[int, np.ndarray], None],
+        advance: Callable[[int], None] = lambda num_texts: None,
+    ) -> None:
+        """Embed block after block; reading and encoding the next one and writing the last overlap with it.
+
+        Args:
+            numbers: of the blocks, at least one.
+            texts: reads the texts of a block, in a thread.
+            write: writes the embeddings [n, E] float16 of a block, in a thread.
+            advance: is told the number of texts of each batch.
+        """
+
+        def read(number: int) -> list[list[int]]:
+            return self.encode(texts(number))
+
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            encoded = threads.submit(read, numbers[0])
+            written: concurrent.futures.Future[None] | None = None
+            for number, following in itertools.zip_longest(numbers, numbers[1:]):
+                rows = encoded.result()
+                if following is not None:
+                    encoded = threads.submit(read, following)
+                embeddings = self.embed(rows, advance)
+                if written:
+                    written.result()
+                written = threads.submit(write, number, embeddings)
+            if written:
+                written.result()
+
+    def pad(self, rows: list[list[int]]) -> dict[str, Any]:
+        """One batch of encoded texts as the model takes it: [n, longest] int64 tensors on its device."""
         import torch
 
         lengths = np.array([len(row) for row in rows])
         mask = np.arange(lengths.max()) < lengths[:, None]
-        ids = np.full(mask.shape, self._model.tokenizer.pad_token_id or 0)
+        ids = np.full(mask.shape, self.model.tokenizer.pad_token_id or 0)
         ids[mask] = np.concatenate(rows)
         features = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
-        features = {name: value.to(self._model.device) for name, value in features.items()}
-        return self._model(features)["sentence_embedding"].float().cpu().numpy()
+        return {name: value.to(self.model.device) for name, value in features.items()}
 
 
 def resolve(name: str) -> tuple[str, bool]:

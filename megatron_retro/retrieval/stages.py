@@ -3,7 +3,6 @@
 Heavy libraries are imported by the tasks that need them, so a run with nothing to do ends at once.
 """
 
-import concurrent.futures
 import os
 import pathlib
 from typing import Any
@@ -70,7 +69,7 @@ def _commit_chunks(work: WorkDir, config: PreprocessConfig) -> None:
 
 
 def embed(work: WorkDir, config: PreprocessConfig) -> None:
-    """Embed every chunk once: text and WordPieces of the next block, and the writing of the last, overlap with it."""
+    """Embed every chunk once."""
     import numpy as np
 
     from megatron_retro.data.chunks import ChunkTable
@@ -85,23 +84,14 @@ def embed(work: WorkDir, config: PreprocessConfig) -> None:
     )
     table, tokenizer = distributed.together(lambda: (ChunkTable.open(work), open_tokenizer(work)))
 
-    def encode(number: int) -> list[list[int]]:
-        return embedder.encode(chunk_texts(table, blocks[number].ids, tokenizer))
-
     def make(numbers: list[int], advance: Advance) -> None:
-        with concurrent.futures.ThreadPoolExecutor(2) as threads:
-            encoded = threads.submit(encode, numbers[0])
-            written = None
-            for place, number in enumerate(numbers):
-                rows = encoded.result()
-                if number != numbers[-1]:
-                    encoded = threads.submit(encode, numbers[place + 1])
-                embeddings = embedder.embed(rows, advance)
-                if written:
-                    written.result()
-                written = threads.submit(save_npy, blocks[number].path(work, "embeddings"), embeddings)
-            if written:
-                written.result()
+        def texts(number: int) -> list[str]:
+            return chunk_texts(table, blocks[number].ids, tokenizer)
+
+        def write(number: int, embeddings: np.ndarray) -> None:
+            save_npy(blocks[number].path(work, "embeddings"), embeddings)
+
+        embedder.embed_blocks(numbers, texts, write, advance)
 
     def is_made(number: int) -> bool:
         path = blocks[number].path(work, "embeddings")
