@@ -72,6 +72,19 @@ def remove(work, documents, corpus="first"):
     build(work, "--retro-tasks", "remove-documents", "--document-ids", str(file))
 
 
+def without_neighbors(path):
+    """A work dir as it was before its query."""
+    work = WorkDir(path)
+    for name in work.manifest["stages"].pop("neighbors")["files"]:
+        (path / name).unlink()
+    if work.settings["retro_retriever"] == "dense":
+        del work.settings["retro_retriever"]
+    for place in sorted(path.rglob("bm25.*"), reverse=True):
+        shutil.rmtree(place)
+    work.write()
+    return path
+
+
 def snapshot(work):
     return {str(file.relative_to(work)): file.read_bytes() for file in work.rglob("*") if file.is_file()}
 
@@ -140,12 +153,10 @@ def test_removed_documents_equal_a_build_without_them(work, texts, tmp_path):
 
 
 def test_an_approximate_index_forgets_too(first, texts, tmp_path):
-    work = shutil.copytree(first, tmp_path / "work")
+    work = without_neighbors(shutil.copytree(first, tmp_path / "work"))
     manifest = WorkDir(work)
     shutil.rmtree(work / "index")
-    shutil.rmtree(work / "neighbors")
-    for stage in ("index", "neighbors"):
-        del manifest.manifest["stages"][stage]
+    del manifest.manifest["stages"]["index"]
     for name in ("retro_index_str", "index_factory", "index_shards", "tuned", "retro_target_recall"):
         del manifest.settings[name]
     manifest.write()
@@ -160,6 +171,36 @@ def test_an_approximate_index_forgets_too(first, texts, tmp_path):
         check_neighbors(ids, distances, table.document_chunks(chunks), Database.open(table, (1, 0, 0)))
         assert json.loads((work / "report" / "summary.json").read_text())["recall"]["2"] > 0.85
         build(work, "--retro-tasks", "compact")
+
+
+@pytest.mark.parametrize("kind", ["bm25", "hybrid"])
+def test_a_database_found_by_words_changes_too(kind, first, texts, tmp_path):
+    """Words weigh otherwise in another database, so all neighbors are those of a query from scratch."""
+    work = without_neighbors(shutil.copytree(first, tmp_path / "work"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", TOOL, "--retro-work-dir", work]
+    done = subprocess.run([*map(str, command), "--retro-retriever", kind], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((work / "report" / "summary.json").read_text())["retriever"] == kind
+    ids, _ = saved(WorkDir(work))
+    dense, _ = saved(WorkDir(first))
+    assert ids.shape == dense.shape and (ids[:, 0] != dense[:, 0]).mean() > 0.1
+    remove(work, REMOVED)
+    build(work, "--retro-tasks", "add-documents", "--input", str(write_jsonl(tmp_path / "b.jsonl", texts[30:])))
+    for compacted in (False, True):
+        after = WorkDir(work)
+        after.verify()
+        table = ChunkTable.open(after)
+        chunks = table.chunks_of(np.setdiff1d(np.arange(40), REMOVED))
+        (ids, distances), members = saved(after), Database.open(table, (1, 0, 0))
+        check_neighbors(ids[chunks], distances[chunks], table.document_chunks(chunks), members, kind == "hybrid")
+        assert (ids[chunks] >= table.first_chunk[30]).any(), "what was added is found"
+        again = without_neighbors(shutil.copytree(work, tmp_path / f"again{compacted}"))
+        build(again)
+        for ours, theirs in zip(saved(WorkDir(again)), (ids, distances), strict=True):
+            assert np.array_equal(ours, theirs)
+        build(work, "--retro-tasks", "compact")
+    named = {name for record in after.manifest["stages"].values() for name in record["files"]}
+    assert {name for name in snapshot(work) if name.split("/")[0] not in ("report", "manifest.json")} == named
 
 
 # ------------------------------------------------------------------------------------------------ interruptions
