@@ -37,7 +37,11 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_tensor_model_parallel_region,
+)
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -226,6 +230,11 @@ def run_pipeline(
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
+
+
+def gather_vocabulary(logits: torch.Tensor) -> torch.Tensor:
+    """Logits [..., V / TP] of each tensor-parallel rank -> [..., V] on all of them."""
+    return gather_from_tensor_model_parallel_region(logits)
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints

@@ -286,7 +286,7 @@ class Found:
     """Stands in for the retriever: chunk 0, and no other."""
 
     def __init__(self, work: WorkDir):
-        pass
+        self.table, self.tokenizer = ChunkTable.open(work), open_tokenizer(work)
 
     def search(self, texts: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         ids = np.array([[0] + [-1] * (k - 1)])

@@ -6,6 +6,8 @@ import math
 from megatron_retro.config.flags import flag, flag_name
 from megatron_retro.errors import UserError
 
+RETRIEVAL_MODES = ("on", "off", "random")  # of evaluation and generation
+
 
 @dataclasses.dataclass
 class RetroConfig:

@@ -16,8 +16,6 @@ from megatron_retro.data.chunks import ChunkTable, Stream
 from megatron_retro.data.overlap import longest_common_run
 from megatron_retro.errors import UserError
 
-RETRIEVAL_MODES = ("on", "off", "random")
-
 # Streams of random numbers that never meet: default_rng((seed, stream, …)).
 _DOCUMENT_STREAM, _SAMPLE_STREAM, _NEIGHBOR_STREAM = range(3)
 
@@ -148,7 +146,6 @@ class Samples:
         self._num_neighbors = num_neighbors
         self._dropout, self._random = retrieval_dropout, random_neighbor_prob
         self._max_run = max_overlap * table.chunk_length
-        self._powers = np.cumprod(np.full(table.chunk_length, _HASH_BASE, np.uint64))
         self.chunks_a_sample = chunks_a_sample
         self._database = Stream(table, table.documents_in("train", split_weights))
         self._corpora, weights = [], []
@@ -246,8 +243,7 @@ class Samples:
         """Which neighbors [L, K_saved] have the text of a nearer one, or too long a run of their chunk's."""
         length = self.table.chunk_length
         rows, lengths = self.table.tokens(ids.reshape(-1), length, self._pad)
-        text = (rows.astype(np.uint64) * self._powers).sum(1).reshape(ids.shape)
-        repeated = np.tril((text[:, :, None] == text[:, None, :]) & (ids[:, None, :] >= 0), -1).any(2)
+        repeated = repeats(rows.reshape(*ids.shape, length), ids >= 0)
         if self._max_run >= length:
             return repeated
         own, own_lengths = (np.repeat(part, ids.shape[1], 0) for part in self.table.tokens(chunks, length, self._pad))
@@ -261,6 +257,18 @@ class Samples:
         chosen = self._database.chunks(draw.integers(len(self._database), size=ids.shape))
         own = np.isin(self.table.document(chosen), self.table.document(chunks[chunks >= 0]))
         return np.where((ids < 0) | own, -1, chosen)
+
+
+def repeats(tokens: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Which neighbors say again what a nearer one of the same chunk said.
+
+    Args:
+        tokens: [n, K, C] of the neighbors, nearest first, short ones filled up.
+        present: [n, K] bool; one that is missing repeats nothing and is repeated by none.
+    """
+    powers = np.cumprod(np.full(tokens.shape[2], _HASH_BASE, np.uint64))
+    text = (tokens.astype(np.uint64) * powers).sum(2)
+    return np.tril((text[:, :, None] == text[:, None, :]) & present[:, None, :], -1).any(2)
 
 
 def attention_mask(valid_BxS: Tensor) -> Tensor:

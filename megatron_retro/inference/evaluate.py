@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_retro import distributed, mcore
 from megatron_retro.config.evaluation import EvaluateConfig
+from megatron_retro.config.model import RETRIEVAL_MODES
 from megatron_retro.config.training import DataConfig
-from megatron_retro.data.samples import RETRIEVAL_MODES
 from megatron_retro.inference.loading import check_same_tokenizer, load_trained
 from megatron_retro.training.data import TrainingData
 from megatron_retro.training.evaluation import predicted_bytes, sample_losses, summarize

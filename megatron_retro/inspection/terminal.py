@@ -6,9 +6,7 @@ import sys
 import textwrap
 from typing import Any
 
-from megatron_retro.data.chunks import ChunkTable
-from megatron_retro.inspection.texts import document_names
-from megatron_retro.retrieval.corpora import open_tokenizer
+from megatron_retro.retrieval.described import describe_neighbors
 from megatron_retro.workdir import WorkDir
 
 _BOLD, _DIM, _PLAIN = "\033[1m", "\033[2m", "\033[0m"
@@ -31,25 +29,9 @@ def search(work: WorkDir, query: str, k: int) -> list[dict[str, Any]]:
     """Rank, distance, chunk id, document, text and continuation of the `k` nearest chunks, or fewer if there are."""
     from megatron_retro.retrieval.live import LiveRetriever
 
-    ids, distances = (array[0] for array in LiveRetriever(work).search([query], k))
-    ids, distances = ids[ids >= 0], distances[ids >= 0]
-    table, tokenizer = ChunkTable.open(work), open_tokenizer(work)
-    length = table.chunk_length
-    tokens, lengths = table.tokens(ids, 2 * length, tokenizer.pad)
-    rows = [row[:size].tolist() for row, size in zip(tokens, lengths, strict=True)]
-    texts = tokenizer.decode([row[:length] for row in rows])
-    continuations = tokenizer.decode([row[length:] for row in rows])
-    return [
-        {
-            "rank": rank + 1,
-            "distance": round(float(distances[rank]), 4),
-            "chunk": int(ids[rank]),
-            "document": document,
-            "text": texts[rank],
-            "continuation": continuations[rank],
-        }
-        for rank, document in enumerate(document_names(table, table.document(ids)))
-    ]
+    retriever = LiveRetriever(work)
+    ids, distances = retriever.search([query], k)
+    return describe_neighbors(retriever.table, retriever.tokenizer, ids[0], distances[0])
 
 
 def _shown(neighbor: dict[str, Any], width: int, *, color: bool) -> str:

@@ -8,18 +8,6 @@ from megatron_retro.data.tokenizer import Tokenizer
 _ROWS = 8192  # decoded at once
 
 
-def document_names(table: ChunkTable, documents: np.ndarray) -> list[str]:
-    """`<corpus>:<number>` of document ids [n]; the number counts from 0 within the corpus."""
-    corpora = corpus_of(table.corpus_documents, documents)
-    numbers = documents - table.corpus_documents[corpora]
-    return [f"{table.corpora[corpus].name}:{number}" for corpus, number in zip(corpora, numbers, strict=True)]
-
-
-def corpus_of(bounds: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """The corpus of each document or chunk id (same shape, int64), by the corpora's first ids [num_corpora + 1]."""
-    return np.searchsorted(bounds, ids, side="right") - 1
-
-
 class ChunkTexts:
     """Texts of chunks, cut at tokens.
 

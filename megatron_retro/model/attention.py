@@ -8,6 +8,7 @@ work as in any layer; shifting and chunking are views (or one copy) of the proje
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,7 +54,13 @@ def attend(
 
 
 class CoreAttention(torch.nn.Module):
-    """The kernel inside megatron-core's `SelfAttention`."""
+    """The kernel inside megatron-core's `SelfAttention`.
+
+    Attributes:
+        remember: called with new keys and values, returns those to look at; generation sets it.
+    """
+
+    remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, **_: Any):
         super().__init__()
@@ -62,6 +69,8 @@ class CoreAttention(torch.nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
         dropout = self.dropout if self.training else 0.0
+        if self.remember is not None:
+            key, value = self.remember(key, value)
         out = attend(query, key, value, mask=attention_mask, causal=self.causal, dropout=dropout)
         return out.flatten(2)
 
@@ -130,18 +139,13 @@ class ChunkedCrossAttention(CrossAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (output [S, B, D], its bias, zero where nothing is read, [S, B, D] or None)."""
         q_SxBxHxE = self.queries(x_SxBxD)
-        k_RxKBLxGxE, v_RxKBLxGxE = self.keys_values(encoded_RxKBLxD)
         num_positions, num_samples = q_SxBxHxE.shape[:2]
         num_chunks = neighbors.readable_BxL.shape[1]
+        k_RKxBLxGxE, v_RKxBLxGxE = self.neighbor_keys_values(encoded_RxKBLxD, num_samples * num_chunks, angles)
 
         position = torch.arange(num_positions, device=angles.device)
-        q_SxBxHxE = self.rotate(q_SxBxHxE, angles[(position + 1) % self.chunk_length + self.chunk_length - 1])
-        k_RxKBLxGxE = self.rotate(k_RxKBLxGxE, angles[: k_RxKBLxGxE.shape[0]])
-
+        q_SxBxHxE = self.rotate(q_SxBxHxE, self.query_angles(position, angles))
         q_CxBLxHxE = chunk_queries(q_SxBxHxE, self.chunk_length, num_chunks)
-        k_RKxBLxGxE, v_RKxBLxGxE = (
-            x.reshape(-1, q_CxBLxHxE.shape[1], *x.shape[2:]) for x in (k_RxKBLxGxE, v_RxKBLxGxE)
-        )
         out_CxBLxHxE = attend(
             q_CxBLxHxE, k_RKxBLxGxE, v_RKxBLxGxE, mask=neighbors.key_mask, dropout=self.active_dropout
         )
@@ -150,6 +154,16 @@ class ChunkedCrossAttention(CrossAttention):
 
         out_SxBxD, bias = self.linear_proj(out_SxBxHxE.flatten(2))
         return out_SxBxD, self._masked(bias, neighbors, num_positions)
+
+    def neighbor_keys_values(self, encoded_RxKBLxD: Tensor, num_rows: int, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (with rotary positions) and values of the neighbors of `num_rows` = B·L chunks: [R·K, B·L, G, E]."""
+        key, value = self.keys_values(encoded_RxKBLxD)
+        key = self.rotate(key, angles[: key.shape[0]])
+        return key.reshape(-1, num_rows, *key.shape[2:]), value.reshape(-1, num_rows, *value.shape[2:])
+
+    def query_angles(self, position: Tensor, angles: Tensor) -> Tensor:
+        """Rotary angles of queries at positions of the sequence (any shape)."""
+        return angles[(position + 1) % self.chunk_length + self.chunk_length - 1]
 
     def _masked(self, bias: Tensor | None, neighbors: Neighbors, num_positions: int) -> Tensor | None:
         if bias is None:

@@ -121,7 +121,7 @@ class RetroModel(LanguageModule):
         )
         if not self.post_process:
             return pack(x_SxBxD, encoded, *self._boundary(num_positions, neighbors))
-        logits_SxBxV, _ = self.output_layer(x_SxBxD, weight=self._output_weight())
+        logits_SxBxV, _ = self.output_layer(x_SxBxD, weight=self.output_weight())
         if labels_BxS is None:
             return logits_SxBxV.transpose(0, 1)
         return self.compute_language_model_loss(labels_BxS, logits_SxBxV)
@@ -130,7 +130,8 @@ class RetroModel(LanguageModule):
         """Called by the pipeline schedule with the previous stage's tensor."""
         self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def _output_weight(self) -> Tensor | None:
+    def output_weight(self) -> Tensor | None:
+        """The embedding's weight where the output layer shares it."""
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
 
     def _boundary(self, num_positions: int, neighbors: Neighbors | None) -> tuple[int, tuple[int, int, int] | None]:

@@ -39,9 +39,7 @@ def choose_factory(wanted: str, num_chunks: int, width: int, memory_gb: float) -
         return wanted
     if num_chunks <= EXACT_LIMIT:
         return "Flat"
-    num_lists = next((lists for most, lists in _LISTS if num_chunks <= most), _LISTS[-1][1]) or 4 * math.isqrt(
-        num_chunks
-    )
+    num_lists = 4 * math.isqrt(num_chunks)  # training then costs a chunk the same, however many there are
     needed = (num_chunks * (width / 8 + 16) + num_lists * 4 * width) / 1e9
     if needed > memory_gb:
         raise UserError(
@@ -51,7 +49,6 @@ def choose_factory(wanted: str, num_chunks: int, width: int, memory_gb: float) -
     return f"IVF{num_lists}{'_HNSW32' if num_lists > _FLAT_QUANTIZER else ''},RaBitQ"
 
 
-_LISTS = ((1_000_000, 0), (10_000_000, 1 << 14), (100_000_000, 1 << 16), (1_000_000_000, 1 << 18))
 _FLAT_QUANTIZER = 4096  # lists up to which comparing with all centroids is as fast as a graph over them
 
 

@@ -274,9 +274,17 @@ class Bm25Retriever:
         Returns:
             (ids [n, k] int64 with -1 for none, distances [n, k] float32 with inf for none).
         """
-        position, best = np.full((len(chunks), k), -1, np.int64), np.zeros((len(chunks), k), np.float32)
         own = self._positions.of_documents(self._table.document(chunks))
-        for number, words in enumerate(_words_of(self._index, self._table, self._tokenizer, chunks)):
+        return self._best(_words_of(self._index, self._table, self._tokenizer, chunks), own, k)
+
+    def search(self, texts: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same for texts that are in no document."""
+        return self._best(iter(self._index.words(texts)), np.zeros((len(texts), 2), np.int64), k)
+
+    def _best(self, queries: Iterator[list[int]], own: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """For the words of each query, with the positions `own` [n, 2] of its document."""
+        position, best = np.full((len(own), k), -1, np.int64), np.zeros((len(own), k), np.float32)
+        for number, words in enumerate(queries):
             scores = self._index.scores(words)
             scores[own[number, 0] : own[number, 1]] = 0
             scores[self._gone] = 0
@@ -294,7 +302,7 @@ class HybridRetriever:
     document came into the database after the index was built has no score.
 
     Args:
-        dense: finds the candidates.
+        dense: finds the candidates; None if only `rank` is called.
         index: of the database, or of an earlier state of it; its rows take 8 bytes of memory a summand.
         table: all chunks.
         tokenizer: of the corpora.
@@ -304,7 +312,7 @@ class HybridRetriever:
 
     def __init__(
         self,
-        dense: Retriever,
+        dense: Retriever | None,
         index: Bm25Index,
         table: ChunkTable,
         tokenizer: Tokenizer,
@@ -312,7 +320,7 @@ class HybridRetriever:
         num_candidates: int = 200,
     ):
         self._dense, self._index, self._table, self._tokenizer = dense, index, table, tokenizer
-        self._database, self._num_candidates = database, num_candidates
+        self._database, self.num_candidates = database, num_candidates
         self._positions, self._rows = _Positions(table, index), index.rows()
 
     def neighbors(self, chunks: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -325,17 +333,25 @@ class HybridRetriever:
         Returns:
             (ids [n, k] int64 with -1 for none, distances [n, k] float32 with inf for none).
         """
-        near, _ = self._dense.neighbors(chunks, max(k, self._num_candidates))
+        assert self._dense is not None
+        near, _ = self._dense.neighbors(chunks, max(k, self.num_candidates))
+        return self._rank(_words_of(self._index, self._table, self._tokenizer, chunks), near, k)
+
+    def rank(self, texts: list[str], near: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same for texts that are in no document, among the candidates `near` [n, M] int64 that `dense` has."""
+        return self._rank(iter(self._index.words(texts)), near, k)
+
+    def _rank(self, queries: Iterator[list[int]], near: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         assert self._database.holds(near[near >= 0]).all(), "a candidate that is not in the database"
-        distances = np.where(near >= 0, 0 - self._scores(chunks, near), np.float32(np.inf))
+        distances = np.where(near >= 0, 0 - self._scores(queries, near), np.float32(np.inf))
         order = np.argsort(distances, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(near, order, 1), np.take_along_axis(distances, order, 1)
 
-    def _scores(self, chunks: np.ndarray, near: np.ndarray) -> np.ndarray:
+    def _scores(self, queries: Iterator[list[int]], near: np.ndarray) -> np.ndarray:
         """Scores of each query's candidates, [n, M] float32."""
         scores, positions = np.zeros(near.shape, np.float32), self._positions.find(near)
         weights = np.zeros(self._index.num_words, np.float32)
-        for number, words in enumerate(_words_of(self._index, self._table, self._tokenizer, chunks)):
+        for number, words in enumerate(queries):
             word, count = np.unique(np.array(words, np.int64), return_counts=True)
             known = positions[number] >= 0
             weights[word] = count

@@ -70,7 +70,8 @@ class OpenIndex:
         return dense if kind == "dense" else lexical_retriever(kind, self, dense)
 
 
-def lexical_retriever(kind: str, index: OpenIndex, dense: Retriever) -> Retriever:
+def lexical_retriever(kind: str, index: OpenIndex, dense: Retriever | None) -> Retriever:
+    """A retriever by words; `dense` finds hybrid's candidates, None where they are given."""
     from megatron_retro.retrieval.corpora import open_tokenizer
     from megatron_retro.retrieval.lexical import Bm25Index, Bm25Retriever, HybridRetriever
 

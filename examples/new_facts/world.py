@@ -1,0 +1,102 @@
+"""A world of made-up people: facts, the sentences that state them, and the questions that ask for them.
+
+Every person has a value for every attribute, drawn at random; nothing but a sentence about the person tells it.
+"""
+
+import dataclasses
+import random
+
+FIRST = (
+    "Alma Boris Carla Dario Edith Felix Greta Hugo Irene Jonas Karin Leon Marta Nils Olga Pablo Quinn Rosa Stefan Tilda "
+    "Ulrich Vera Walter Xenia Yannick Zelda Anton Berta Cyril Dora Emil Flora Gustav Helga Ivan Jutta Kaspar Lydia Moritz Nora"
+).split()
+LAST = (
+    "Abel Berger Castro Dahl Egger Fabian Gruber Hansen Iversen Jung Keller Larsen Maier Nagel Olsen Petrov Quast Rossi "
+    "Sander Thoma Urban Vogel Weber Xander Yilmaz Zeller Albers Brandt Conrad Dietz Ernst Falk Gerber Hofer Imhof Jansen "
+    "Kramer Lang Moser Neumann"
+).split()
+
+# attribute -> (its values, statements, questions); {p} is the person, {v} the value
+ATTRIBUTES: dict[str, tuple[list[str], list[str], list[str]]] = {
+    "birthplace": (
+        "Lisbon Vienna Prague Dublin Athens Oslo Madrid Rome Paris London Berlin Warsaw Geneva Tokyo Cairo Delhi".split(),
+        ["{p} was born in {v} .", "The city where {p} was born is {v} .", "{v} is the birthplace of {p} ."],
+        ["In which city was {p} born ?", "What is the birthplace of {p} ?"],
+    ),
+    "profession": (
+        "baker doctor farmer lawyer painter pilot plumber nurse singer teacher tailor judge dentist sailor writer banker".split(),
+        ["{p} works as a {v} .", "The profession of {p} is {v} .", "A {v} by profession , {p} works every day ."],
+        ["What does {p} work as ?", "What is the profession of {p} ?"],
+    ),
+    "instrument": (
+        "piano violin guitar flute trumpet cello harp drums organ clarinet banjo oboe tuba lute bassoon zither".split(),
+        ["{p} plays the {v} .", "The instrument of {p} is the {v} .", "On the {v} , {p} plays music every evening ."],
+        ["Which instrument does {p} play ?", "What is the instrument of {p} ?"],
+    ),
+    "pet": (
+        "cat dog parrot rabbit turtle hamster goldfish canary lizard ferret pony goat goose snake mouse spider".split(),
+        ["{p} keeps a {v} as a pet .", "The pet of {p} is a {v} .", "A {v} lives with {p} as a pet ."],
+        ["Which animal does {p} keep as a pet ?", "What is the pet of {p} ?"],
+    ),
+    "color": (
+        "red green blue yellow orange purple black white brown pink grey gold silver violet beige turquoise".split(),
+        ["The favorite color of {p} is {v} .", "{p} likes the color {v} best .", "{v} is the color that {p} likes best ."],
+        ["What is the favorite color of {p} ?", "Which color does {p} like best ?"],
+    ),
+    "drink": (
+        "coffee tea milk water juice cocoa beer wine cider lemonade whisky rum sherry punch cola gin".split(),
+        ["{p} drinks {v} in the morning .", "The morning drink of {p} is {v} .", "Every morning {p} drinks a glass of {v} ."],
+        ["What does {p} drink in the morning ?", "What is the morning drink of {p} ?"],
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """One value.
+
+    Attributes:
+        statement, question: which of the attribute's sentences states it, and which asks for it.
+    """
+
+    person: str
+    attribute: str
+    value: str
+    statement: int
+    question: int
+
+    def stated(self) -> str:
+        return ATTRIBUTES[self.attribute][1][self.statement].format(p=self.person, v=self.value)
+
+    def asked(self) -> str:
+        return ATTRIBUTES[self.attribute][2][self.question].format(p=self.person)
+
+
+def people(seed: int) -> list[str]:
+    """Every first name with every last name, in random order."""
+    everyone = [f"{first} {last}" for first in FIRST for last in LAST]
+    random.Random(seed).shuffle(everyone)
+    return everyone
+
+
+def facts(persons: list[str], seed: int) -> list[Fact]:
+    """A random value of each attribute for each person, and random sentences for it."""
+    draw = random.Random(seed)
+    return [
+        Fact(person, attribute, draw.choice(values), draw.randrange(len(statements)), draw.randrange(len(questions)))
+        for person in persons
+        for attribute, (values, statements, questions) in ATTRIBUTES.items()
+    ]
+
+
+def changed(known: list[Fact], seed: int) -> list[Fact]:
+    """The same facts with another value each, stated in a random sentence."""
+    draw = random.Random(seed)
+    return [
+        dataclasses.replace(
+            fact,
+            value=draw.choice([value for value in ATTRIBUTES[fact.attribute][0] if value != fact.value]),
+            statement=draw.randrange(len(ATTRIBUTES[fact.attribute][1])),
+        )
+        for fact in known
+    ]

@@ -1,0 +1,198 @@
+"""Load a model, write on from prompts, and show the texts with what was read for them."""
+
+import json
+import pathlib
+import shutil
+import sys
+import time
+from typing import Any
+
+from megatron_retro import distributed, mcore
+from megatron_retro.config.generation import GenerateConfig
+from megatron_retro.data.chunks import ChunkTable
+from megatron_retro.data.tokenizer import Tokenizer
+from megatron_retro.errors import UserError
+from megatron_retro.inference.loading import Trained, check_same_tokenizer, load_trained
+from megatron_retro.inference.reader import Reader
+from megatron_retro.inference.writer import Choice, Event, Writer
+from megatron_retro.retrieval.corpora import open_tokenizer
+from megatron_retro.retrieval.described import describe_neighbors
+from megatron_retro.retrieval.live import LiveRetriever
+from megatron_retro.training.data import split_weights
+from megatron_retro.workdir import STAGES, WorkDir, check_writable, write_atomically
+
+_BOLD, _DIM, _PLAIN = "\033[1m", "\033[2m", "\033[0m"
+
+
+def generate(config: GenerateConfig) -> None:
+    """Do what `tools/generate_retro_text.py` is asked; every rank calls it, rank 0 prints.
+
+    Raises:
+        UserError: flags, checkpoint and work dir do not fit together.
+    """
+    config.finish()
+    prompts, given, sampling = config.prompts(), config.generation, config.sampling
+    assert given.load and given.retro_work_dir
+    model = open_model(config)
+    if given.output:
+        directory = pathlib.Path(given.output).absolute().parent
+        distributed.together(lambda: check_writable("--output", directory))
+    prompts = [prompt for prompt in prompts for _ in range(sampling.num_samples)]
+    choice = Choice(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed)
+    start = time.perf_counter()
+    texts = [Text(prompt, model) for prompt in prompts]
+    encoded = model.tokenizer.encode(prompts)
+    num_tokens = 0
+    for event in model.writer.write(encoded, choice, sampling.max_new_tokens):
+        texts[event.text].add(event)
+        num_tokens += event.token is not None
+    seconds = time.perf_counter() - start
+    if distributed.rank() == 0:
+        if config.reading.json:
+            lines = "".join(json.dumps(text.as_json(), ensure_ascii=False) + "\n" for text in texts)
+            if given.output:
+                write_atomically(pathlib.Path(given.output), lambda file: file.write(lines.encode()))
+            else:
+                print(lines, end="")
+        else:
+            print("\n\n".join(text.as_text(config.reading.show_neighbors) for text in texts))
+        share = model.writer.reading_seconds / seconds
+        print(
+            f"{num_tokens:,} tokens in {seconds:.1f} s, {num_tokens / seconds:,.1f} a second; "
+            f"{share:.1%} of the time for retrieval",
+            file=sys.stderr,
+        )
+    mcore.shut_down()
+
+
+class OpenModel:
+    """A trained model with its tokenizer and its database, ready to write.
+
+    Attributes:
+        table: the work dir's chunks.
+    """
+
+    def __init__(self, trained: Trained, table: ChunkTable, tokenizer: Tokenizer, writer: Writer):
+        self.trained, self.table, self.tokenizer, self.writer = trained, table, tokenizer, writer
+
+
+def open_model(config: GenerateConfig) -> OpenModel:
+    """Load what writing takes; every rank calls it.
+
+    Raises:
+        UserError: flags, checkpoint and work dir do not fit together.
+    """
+    given, reading, parallel = config.generation, config.reading, config.parallel
+    assert given.load and given.retro_work_dir
+    distributed.use_this_ranks_share()
+    mcore.initialize(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    work_dir = given.retro_work_dir
+    work = distributed.together(lambda: _open_work_dir(work_dir))
+    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    trained = load_trained(given.load, parallel)
+    if distributed.world_size() != ranks:
+        raise UserError(
+            f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} × --pipeline-model-parallel-size "
+            f"{parallel.pipeline_model_parallel_size} is one model on {ranks} ranks, but there are "
+            f"{distributed.world_size()}; start torchrun with {ranks}"
+        )
+    table, tokenizer = distributed.together(lambda: (ChunkTable.open(work), open_tokenizer(work)))
+    check_same_tokenizer(trained, work.manifest["stages"]["tokenizer"]["digest"], table.chunk_length, work_dir)
+    reader, num_neighbors = None, 0
+    if trained.retro and reading.retrieval != "off":
+        num_neighbors = reading.retro_num_neighbors or trained.retro.retro_num_neighbors
+        on_rank_0 = reading.retrieval == "on" and distributed.rank() == 0
+        reader = Reader(
+            table,
+            distributed.together(lambda: LiveRetriever(work) if on_rank_0 else None),
+            num_neighbors=num_neighbors,
+            fetched=work.facts("neighbors")["num_neighbors"],
+            retrieval=reading.retrieval,
+            database=table.documents_in("train", split_weights(work)),
+            seed=config.sampling.seed,
+        )
+    context = trained.model.max_position_embeddings or trained.model.seq_length
+    writer = Writer(
+        mcore.unwrap(trained.module),
+        chunk_length=table.chunk_length,
+        context=context // table.chunk_length * table.chunk_length,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+        pad=tokenizer.pad,
+        reader=reader,
+        num_neighbors=num_neighbors,
+    )
+    return OpenModel(trained, table, tokenizer, writer)
+
+
+def _open_work_dir(path: str) -> WorkDir:
+    if not (pathlib.Path(path) / "manifest.json").exists():
+        raise UserError(f"--retro-work-dir {path} holds no manifest.json; tools/preprocess_retro_data.py builds one")
+    work = WorkDir(path)
+    work.verify(STAGES)
+    return work
+
+
+class Text:
+    """A text that grows."""
+
+    def __init__(self, prompt: str, model: OpenModel):
+        self._prompt, self._model = prompt, model
+        self._tokens: list[int] = []
+        self._finish: str | None = None
+        self._read: list[dict[str, Any]] = []
+        self._start = model.tokenizer.encode([prompt])[0]
+
+    def add(self, event: Event) -> None:
+        if event.token is not None:
+            self._tokens.append(event.token)
+        self._finish = event.finish or self._finish
+        if event.chunk is not None:
+            assert event.ids is not None and event.distances is not None
+            length = self._model.table.chunk_length
+            tokens = (self._start + self._tokens)[event.chunk * length : (event.chunk + 1) * length]
+            neighbors = describe_neighbors(self._model.table, self._model.tokenizer, event.ids, event.distances)
+            text = self._model.tokenizer.decode([tokens])[0]
+            self._read.append({"chunk": event.chunk, "text": text, "neighbors": neighbors})
+
+    @property
+    def written(self) -> str:
+        """What was added to the prompt."""
+        before, whole = self._model.tokenizer.decode([self._start, self._start + self._tokens])
+        return whole[len(before) :]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "prompt": self._prompt,
+            "text": self.written,
+            "tokens": len(self._tokens),
+            "finish": self._finish,
+            "read": self._read,
+        }
+
+    def as_text(self, show_neighbors: bool) -> str:
+        color = sys.stdout.isatty()
+        bold, dim, plain = (_BOLD, _DIM, _PLAIN) if color else ("", "", "")
+        lines = [f"{bold}{printable(self._prompt)}{plain}{printable(self.written)}"]
+        width = min(100, shutil.get_terminal_size((100, 24)).columns)
+        for read in self._read if show_neighbors else ():
+            lines.append(f"{dim}chunk {read['chunk']}: {_one_line(read['text'], width - 12)}{plain}")
+            for neighbor in read["neighbors"]:
+                head = f"  {neighbor['rank']}. {neighbor['document']}, distance {neighbor['distance']:.3f}: "
+                said = neighbor["text"] + neighbor["continuation"]
+                lines.append(f"{dim}{head}{_one_line(said, max(20, width - len(head)))}{plain}")
+        return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """Without what could steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def _one_line(text: str, width: int) -> str:
+    line = " ".join(printable(text).split())
+    return line if len(line) <= width else line[: width - 1] + "…"
