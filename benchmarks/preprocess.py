@@ -257,7 +257,8 @@ def scaling(args: argparse.Namespace) -> None:
         seconds = work.settings["seconds"]
         private = json.loads((path / "report" / "private_bytes.json").read_text())
         now = {
-            "tokenize, db-build": seconds["tokenize"] + seconds["db-build"],
+            "tokenizer training": seconds["tokenizer"],
+            "tokenize, db-build": seconds["tokenize"] - seconds["tokenizer"] + seconds["db-build"],
             "index-train, index-add": seconds["index-train"] + seconds["index-add"],
             "query-neighbors": seconds["query-neighbors"],
         }

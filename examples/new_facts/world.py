@@ -40,12 +40,20 @@ ATTRIBUTES: dict[str, tuple[list[str], list[str], list[str]]] = {
     ),
     "color": (
         "red green blue yellow orange purple black white brown pink grey gold silver violet beige turquoise".split(),
-        ["The favorite color of {p} is {v} .", "{p} likes the color {v} best .", "{v} is the color that {p} likes best ."],
+        [
+            "The favorite color of {p} is {v} .",
+            "{p} likes the color {v} best .",
+            "{v} is the color that {p} likes best .",
+        ],
         ["What is the favorite color of {p} ?", "Which color does {p} like best ?"],
     ),
     "drink": (
         "coffee tea milk water juice cocoa beer wine cider lemonade whisky rum sherry punch cola gin".split(),
-        ["{p} drinks {v} in the morning .", "The morning drink of {p} is {v} .", "Every morning {p} drinks a glass of {v} ."],
+        [
+            "{p} drinks {v} in the morning .",
+            "The morning drink of {p} is {v} .",
+            "Every morning {p} drinks a glass of {v} .",
+        ],
         ["What does {p} drink in the morning ?", "What is the morning drink of {p} ?"],
     ),
 }

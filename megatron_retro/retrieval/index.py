@@ -25,6 +25,7 @@ EXACT_LIMIT = 50_000  # database chunks up to which comparing with all costs lit
 
 _POINTS_A_LIST = 50  # training points; FAISS asks for 39 at least
 _POINTS_AT_LEAST = 16_384  # for the codebooks of quantizers
+_ROWS_AT_ONCE = 16_384
 
 
 def choose_factory(wanted: str, num_chunks: int, width: int, memory_gb: float) -> str:
@@ -215,7 +216,11 @@ class Shards:
 def _sample(index: Any, embeddings: EmbeddingTable, database: Database, seed: int) -> np.ndarray:
     lists = inverted_lists(index)
     wanted = max(_POINTS_AT_LEAST, _POINTS_A_LIST * lists.nlist if lists is not None else 0)
-    return embeddings.rows(database.sample(wanted, seed)).astype(np.float32)
+    chunks = database.sample(wanted, seed)
+    rows = np.empty((len(chunks), index.d), np.float32)
+    for begin in range(0, len(chunks), _ROWS_AT_ONCE):  # so that they are not held twice
+        rows[begin : begin + _ROWS_AT_ONCE] = embeddings.rows(chunks[begin : begin + _ROWS_AT_ONCE])
+    return rows
 
 
 def _reason(error: RuntimeError) -> str:
