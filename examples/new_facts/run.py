@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, required=True, help="directory for everything")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--people", type=int, default=500, help="in world A")
+    parser.add_argument("--people", type=int, default=2000, help="in world A")
     parser.add_argument("--new-people", type=int, default=60, help="in world B")
     parser.add_argument("--train-iters", type=int, default=800)
     args = parser.parse_args()

@@ -8,12 +8,15 @@ import random
 
 FIRST = (
     "Alma Boris Carla Dario Edith Felix Greta Hugo Irene Jonas Karin Leon Marta Nils Olga Pablo Quinn Rosa Stefan Tilda "
-    "Ulrich Vera Walter Xenia Yannick Zelda Anton Berta Cyril Dora Emil Flora Gustav Helga Ivan Jutta Kaspar Lydia Moritz Nora"
+    "Ulrich Vera Walter Xenia Yannick Zelda Anton Berta Cyril Dora Emil Flora Gustav Helga Ivan Jutta Kaspar Lydia Moritz "
+    "Nora Oskar Paula Ralf Sonja Theo Ursula Viktor Wanda Albert Bianca Clemens Diana Erik Frieda Georg Hanna Igor Judith "
+    "Klaus Laura"
 ).split()
 LAST = (
     "Abel Berger Castro Dahl Egger Fabian Gruber Hansen Iversen Jung Keller Larsen Maier Nagel Olsen Petrov Quast Rossi "
     "Sander Thoma Urban Vogel Weber Xander Yilmaz Zeller Albers Brandt Conrad Dietz Ernst Falk Gerber Hofer Imhof Jansen "
-    "Kramer Lang Moser Neumann"
+    "Kramer Lang Moser Neumann Otto Pichler Reuter Seidel Tanner Uhlig Voss Winter Zander Adler Beck Cramer Dorn Engel "
+    "Fuchs Graf Huber Jacobi Kohl Lorenz"
 ).split()
 
 # attribute -> (its values, statements, questions); {p} is the person, {v} the value
