@@ -17,7 +17,7 @@ from megatron_retro.errors import UserError
 from megatron_retro.inference.cached import Arrivals, CachedModel
 from megatron_retro.inference.reader import Reads
 from megatron_retro.inference.sampling import choose
-from megatron_retro.inference.writer import Choice, Writer
+from megatron_retro.inference.writer import Choice, Text, Writer
 from megatron_retro.model.model import RetroModel
 from megatron_retro.retrieval.corpora import open_tokenizer
 from megatron_retro.retrieval.neighbors import NeighborTable
@@ -172,6 +172,34 @@ def test_choices_depend_on_seed_and_number_of_the_text() -> None:
     assert twins[0] != twins[1]
     for text in first:
         assert 1 not in text and V - 1 not in text and 0 not in text[:-1]
+
+
+def test_texts_come_and_go() -> None:
+    """Each its own way: choices, lengths, retrieval; one is cancelled, and none changes what another gets."""
+    settings = [(Choice(temperature=0), True), (Choice(seed=3), True), (Choice(top_k=5), False), (Choice(), True)]
+    settings *= 2
+    prompts = [PROMPT_TOKENS[number % 4] for number in range(8)]
+
+    def make(number: int, writer: Writer) -> Text:
+        choice, reads = settings[number]
+        return Text(number, list(prompts[number]), choice, number, 10 + 3 * number, writer._reader if reads else None)
+
+    alone = {}
+    for number in range(8):
+        one = writer(lively_model(), context=4 * C)
+        text = make(number, one)
+        batches = iter([[text]])
+        assert list(one.write_texts(lambda batches=batches: next(batches, []))) and text.tokens  # type: ignore[misc]
+        alone[number] = text.tokens
+    many = writer(lively_model(), context=4 * C)
+    texts = [make(number, many) for number in range(8)]
+    batches = iter([texts[:1], [], texts[1:4], [], [], [], [], texts[4:5], [], texts[5:]])
+    for event in many.write_texts(lambda: next(batches, [])):
+        if event.text == 7 and len(texts[7].tokens) - texts[7].num_prompt == 5:
+            texts[7].is_cancelled = True
+    for number in range(7):
+        assert texts[number].tokens == alone[number]
+    assert texts[7].tokens == alone[7][: len(texts[7].tokens)] and len(texts[7].tokens) == len(prompts[7]) + 5
 
 
 def test_events_tell_what_was_read() -> None:

@@ -230,6 +230,22 @@ class CachedModel:
             if self._chunk_states.numel():
                 self._chunk_states = self._chunk_states[:, samples]
 
+    @torch.inference_mode()
+    def join(self, other: "CachedModel") -> None:
+        """Go on with the samples of `other` as well, behind these; made alike, and not used any more."""
+        self.length = torch.cat([self.length, other.length])
+        for kept, more in ((self._keys, other._keys), (self._values, other._values)):
+            for number in kept:
+                kept[number] = torch.cat([kept[number], more[number]], 1)
+        for number, read in self._read.items():
+            new = other._read[number]
+            self._read[number] = _Read(torch.cat([read.keys, new.keys], 1), torch.cat([read.values, new.values], 1))
+        if self._num_neighbors:
+            self._key_mask = torch.cat([self._key_mask, other._key_mask])
+            self._readable = torch.cat([self._readable, other._readable])
+            if self._chunk_states.numel():
+                self._chunk_states = torch.cat([self._chunk_states, other._chunk_states], 1)
+
     # -------------------------------------------------------------------------------------------- stages
 
     def _enter(

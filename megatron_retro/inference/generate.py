@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_retro import distributed, mcore
 from megatron_retro.config.generation import GenerateConfig
+from megatron_retro.config.model import ParallelConfig
 from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.data.tokenizer import Tokenizer
 from megatron_retro.errors import UserError
@@ -82,26 +83,9 @@ def open_model(config: GenerateConfig) -> OpenModel:
     Raises:
         UserError: flags, checkpoint and work dir do not fit together.
     """
-    given, reading, parallel = config.generation, config.reading, config.parallel
+    given, reading = config.generation, config.reading
     assert given.load and given.retro_work_dir
-    distributed.use_this_ranks_share()
-    mcore.initialize(
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        timeout_minutes=parallel.distributed_timeout_minutes,
-    )
-    work_dir = given.retro_work_dir
-    work = distributed.together(lambda: _open_work_dir(work_dir))
-    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    trained = load_trained(given.load, parallel)
-    if distributed.world_size() != ranks:
-        raise UserError(
-            f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} × --pipeline-model-parallel-size "
-            f"{parallel.pipeline_model_parallel_size} is one model on {ranks} ranks, but there are "
-            f"{distributed.world_size()}; start torchrun with {ranks}"
-        )
-    table, tokenizer = distributed.together(lambda: (ChunkTable.open(work), open_tokenizer(work)))
-    check_same_tokenizer(trained, work.manifest["stages"]["tokenizer"]["digest"], table.chunk_length, work_dir)
+    work, trained, table, tokenizer = open_trained(given.load, given.retro_work_dir, config.parallel)
     reader, num_neighbors = None, 0
     if trained.retro and reading.retrieval != "off":
         num_neighbors = reading.retro_num_neighbors or trained.retro.retro_num_neighbors
@@ -115,8 +99,41 @@ def open_model(config: GenerateConfig) -> OpenModel:
             database=table.documents_in("train", split_weights(work)),
             seed=config.sampling.seed,
         )
+    return OpenModel(trained, table, tokenizer, make_writer(trained, table, tokenizer, reader, num_neighbors))
+
+
+def open_trained(load: str, work_dir: str, parallel: ParallelConfig) -> tuple[WorkDir, Trained, ChunkTable, Tokenizer]:
+    """Load a checkpoint and open the work dir that it is to read; every rank calls it.
+
+    Raises:
+        UserError: flags, checkpoint and work dir do not fit together.
+    """
+    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if distributed.world_size() != ranks:
+        raise UserError(
+            f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} × --pipeline-model-parallel-size "
+            f"{parallel.pipeline_model_parallel_size} is one model on {ranks} ranks, but there are "
+            f"{distributed.world_size()}; start torchrun with {ranks}"
+        )
+    distributed.use_this_ranks_share()
+    mcore.initialize(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    work = distributed.together(lambda: _open_work_dir(work_dir))
+    trained = load_trained(load, parallel)
+    table, tokenizer = distributed.together(lambda: (ChunkTable.open(work), open_tokenizer(work)))
+    check_same_tokenizer(trained, work.manifest["stages"]["tokenizer"]["digest"], table.chunk_length, work_dir)
+    return work, trained, table, tokenizer
+
+
+def make_writer(
+    trained: Trained, table: ChunkTable, tokenizer: Tokenizer, reader: Reader | None, num_neighbors: int
+) -> Writer:
+    """The writer of a model; K is 0 where no text ever reads."""
     context = trained.model.max_position_embeddings or trained.model.seq_length
-    writer = Writer(
+    return Writer(
         mcore.unwrap(trained.module),
         chunk_length=table.chunk_length,
         context=context // table.chunk_length * table.chunk_length,
@@ -126,7 +143,6 @@ def open_model(config: GenerateConfig) -> OpenModel:
         reader=reader,
         num_neighbors=num_neighbors,
     )
-    return OpenModel(trained, table, tokenizer, writer)
 
 
 def _open_work_dir(path: str) -> WorkDir:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,7 +11,25 @@ from torch import Tensor
 from megatron_retro import distributed, mcore
 from megatron_retro.data.chunks import ChunkTable, Stream
 from megatron_retro.data.samples import repeats
-from megatron_retro.retrieval.live import LiveRetriever
+from megatron_retro.data.tokenizer import Tokenizer
+
+
+class Library(Protocol):
+    """What a reader asks: a `LiveRetriever`, or a `LiveDatabase`, whose documents come and go."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def table(self) -> ChunkTable:
+        """All chunks; it may grow."""
+
+    @property
+    def stream(self) -> Stream:
+        """The chunks in the database."""
+
+    def search(self, texts: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [n, k] int64 with -1 for none, distances [n, k] float32 with inf for none), best first."""
 
 
 @dataclasses.dataclass
@@ -37,7 +56,7 @@ class Reader:
 
     Args:
         table: all chunks of the work dir.
-        retriever: on rank 0 of retrieval "on", else None.
+        library: on rank 0 of retrieval "on", else None; where there is one, its chunks count.
         database: ids of the documents in the database, for random neighbors.
         num_neighbors: K.
         fetched: neighbors sought for each chunk, of which repeated ones are dropped: the work dir's K_saved.
@@ -48,7 +67,7 @@ class Reader:
     def __init__(
         self,
         table: ChunkTable,
-        retriever: LiveRetriever | None,
+        library: Library | None,
         *,
         num_neighbors: int,
         fetched: int,
@@ -56,10 +75,14 @@ class Reader:
         database: np.ndarray,
         seed: int,
     ):
-        self._table, self._retriever = table, retriever
+        self._own_table, self._library = table, library
         self._num_neighbors, self._fetched, self._retrieval = num_neighbors, max(fetched, num_neighbors), retrieval
-        self._database, self._draw = Stream(table, database), np.random.default_rng(seed)
+        self._own_stream, self._draw = Stream(table, database), np.random.default_rng(seed)
         self.seconds = 0.0
+
+    @property
+    def _table(self) -> ChunkTable:
+        return self._library.table if self._library else self._own_table
 
     def read(self, chunks: list[list[int]]) -> Reads:
         """Neighbors of chunks of tokens, each complete; every rank calls it."""
@@ -80,12 +103,18 @@ class Reader:
     def _find(self, chunks: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         shape = (len(chunks), self._num_neighbors)
         if self._retrieval == "random":
-            return self._database.chunks(self._draw.integers(len(self._database), size=shape)), np.zeros(shape)
-        assert self._retriever is not None
-        ids, distances = self._retriever.search(self._retriever.tokenizer.decode(chunks), self._fetched)
+            return self._random(shape)
+        assert self._library is not None
+        ids, distances = self._library.search(self._library.tokenizer.decode(chunks), self._fetched)
         length = self._table.chunk_length
         rows, _ = self._table.tokens(ids.reshape(-1), length, 0)
         dropped = (ids < 0) | repeats(rows.reshape(*ids.shape, length), ids >= 0)
         best = np.argsort(dropped, axis=1, kind="stable")[:, : self._num_neighbors]
         ids, distances = np.where(dropped, -1, ids), np.where(dropped, np.float32(np.inf), distances)
         return np.take_along_axis(ids, best, 1), np.take_along_axis(distances, best, 1)
+
+    def _random(self, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        stream = self._library.stream if self._library else self._own_stream
+        if not len(stream):
+            return np.full(shape, -1), np.full(shape, np.inf)
+        return stream.chunks(self._draw.integers(len(stream), size=shape)), np.zeros(shape)

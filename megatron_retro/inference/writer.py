@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 import torch
@@ -47,12 +47,31 @@ class Event:
 
 
 @dataclasses.dataclass
-class _Text:
+class Text:
+    """A text that is written on.
+
+    Attributes:
+        number: names it in events.
+        tokens: the prompt's at first, at least one; then what is written as well.
+        choice: how its tokens are chosen.
+        place: with the choice's seed decides its random numbers.
+        max_new_tokens: when it ends at the latest.
+        reader: finds its neighbors; None turns retrieval off for it.
+        is_cancelled: set it, and the text leaves before the next step.
+    """
+
     number: int
     tokens: list[int]
-    num_prompt: int
-    begin: int = 0  # where the window that the model sees begins, at a chunk's edge
-    neighbors: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)  # chunk -> tokens, lengths
+    choice: Choice
+    place: int
+    max_new_tokens: int
+    reader: Reader | None
+    is_cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.tokens)
+        self.begin = 0  # where the window that the model sees begins, at a chunk's edge
+        self.neighbors: dict[int, tuple[Tensor, Tensor]] = {}  # chunk -> tokens, lengths
 
 
 class Writer:
@@ -100,30 +119,51 @@ class Writer:
             prompts: token ids, at least one each.
             max_new_tokens: of each text.
         """
-        texts = [_Text(number, list(prompt), len(prompt)) for number, prompt in enumerate(prompts)]
+        texts = [
+            Text(number, list(prompt), choice, number, max_new_tokens, self._reader)
+            for number, prompt in enumerate(prompts)
+        ]
+        batches = iter([texts])
+        yield from self.write_texts(lambda: next(batches, []))
+
+    def write_texts(self, arriving: Callable[[], list[Text]]) -> Iterator[Event]:
+        """Events of texts that come and go, until there is none.
+
+        Args:
+            arriving: called before every step; gives the texts that join.
+        """
+        texts: list[Text] = []
         cached: CachedModel | None = None
-        while texts:
+        while True:
+            texts, cached = _keep(texts, cached, [row for row, text in enumerate(texts) if not text.is_cancelled])
+            arrived = arriving()
+            if not texts and not arrived:
+                return
             if cached is None or max(len(text.tokens) - text.begin for text in texts) > self._context:
+                texts = texts + arrived
                 cached, logits = yield from self._begin(texts)
             else:
                 logits = yield from self._step(cached, texts)
+                if arrived:
+                    joining, more = yield from self._begin(arrived)
+                    cached.join(joining)
+                    texts = texts + arrived
+                    logits = torch.cat([logits, more]) if logits is not None and more is not None else None
             running = []
-            for row, token in enumerate(self._choose(logits, texts, choice)):
+            for row, token in enumerate(self._choose(logits, texts)):
                 text = texts[row]
                 text.tokens.append(token)
                 finish = None
                 if token == self._eod:
                     finish = "stop"
-                elif len(text.tokens) - text.num_prompt == max_new_tokens:
+                elif len(text.tokens) - text.num_prompt == text.max_new_tokens:
                     finish = "length"
                 else:
                     running.append(row)
                 yield Event(text.number, token=token, finish=finish)
-            if len(running) < len(texts):
-                texts = [texts[row] for row in running]
-                cached.keep(torch.tensor(running, dtype=torch.int64, device=mcore.device()))
+            texts, cached = _keep(texts, cached, running)
 
-    def _begin(self, texts: list[_Text]) -> Generator[Event, None, tuple[CachedModel, Tensor | None]]:
+    def _begin(self, texts: list[Text]) -> Generator[Event, None, tuple[CachedModel, Tensor | None]]:
         """Show the model all that it may see of the texts."""
         length, device = self._chunk_length, mcore.device()
         for text in texts:
@@ -152,14 +192,16 @@ class Writer:
         self.model_seconds += time.perf_counter() - start
         return cached, logits
 
-    def _step(self, cached: CachedModel, texts: list[_Text]) -> Generator[Event, None, Tensor | None]:
+    def _step(self, cached: CachedModel, texts: list[Text]) -> Generator[Event, None, Tensor | None]:
         """Show the model the last token of each text."""
         device = mcore.device()
         yield from self._read(texts)
         arrivals = None
-        completing = [row for row, text in enumerate(texts) if len(text.tokens) % self._chunk_length == 0]
-        if completing and self._num_neighbors:
-            found = [texts[row].neighbors[len(texts[row].tokens) // self._chunk_length - 1] for row in completing]
+        length = self._chunk_length
+        last = {row: len(text.tokens) // length - 1 for row, text in enumerate(texts) if len(text.tokens) % length == 0}
+        completing = [row for row, chunk in last.items() if chunk in texts[row].neighbors]
+        if completing:
+            found = [texts[row].neighbors[last[row]] for row in completing]
             arrivals = Arrivals(
                 torch.tensor(completing, device=device),
                 torch.stack([tokens for tokens, _ in found]),
@@ -170,23 +212,21 @@ class Writer:
         self.model_seconds += time.perf_counter() - start
         return logits
 
-    def _read(self, texts: list[_Text]) -> Iterator[Event]:
+    def _read(self, texts: list[Text]) -> Iterator[Event]:
         """Find the neighbors of chunks in the window that are complete and have none yet."""
-        if self._reader is None:
-            return
-        length, wanted = self._chunk_length, []
+        length = self._chunk_length
+        wanted: dict[Reader, list[tuple[Text, int]]] = {}
         for text in texts:
             for chunk in range(text.begin // length, len(text.tokens) // length):
-                if chunk not in text.neighbors:
-                    wanted.append((text, chunk))
-        if not wanted:
-            return
-        reads = self._reader.read([text.tokens[chunk * length : (chunk + 1) * length] for text, chunk in wanted])
-        for row, (text, chunk) in enumerate(wanted):
-            text.neighbors[chunk] = (reads.tokens_nxKxR[row], reads.lengths_nxK[row])
-            yield Event(text.number, chunk=chunk, ids=reads.ids_nxK[row], distances=reads.distances_nxK[row])
+                if text.reader and chunk not in text.neighbors:
+                    wanted.setdefault(text.reader, []).append((text, chunk))
+        for reader, chunks in wanted.items():
+            reads = reader.read([text.tokens[chunk * length : (chunk + 1) * length] for text, chunk in chunks])
+            for row, (text, chunk) in enumerate(chunks):
+                text.neighbors[chunk] = (reads.tokens_nxKxR[row], reads.lengths_nxK[row])
+                yield Event(text.number, chunk=chunk, ids=reads.ids_nxK[row], distances=reads.distances_nxK[row])
 
-    def _choose(self, logits: Tensor | None, texts: list[_Text], choice: Choice) -> list[int]:
+    def _choose(self, logits: Tensor | None, texts: list[Text]) -> list[int]:
         """The next token of each text: chosen on the last rank, told to all."""
         start = time.perf_counter()
         tokens = torch.empty(len(texts), dtype=torch.int64, device=mcore.device())
@@ -196,15 +236,27 @@ class Writer:
             logits = logits[:, : self._vocab_size].clone()
             if self._pad != self._eod:
                 logits[:, self._pad] = -torch.inf
-            draws = [
-                np.random.default_rng((choice.seed, text.number, len(text.tokens) - text.num_prompt)).random()
-                for text in texts
-            ]
-            tokens = choose(
-                logits, np.array(draws), temperature=choice.temperature, top_k=choice.top_k, top_p=choice.top_p
-            )
+            for choice in {dataclasses.replace(text.choice, seed=0) for text in texts}:
+                rows = [row for row, text in enumerate(texts) if dataclasses.replace(text.choice, seed=0) == choice]
+                draws = np.array([_draw(texts[row]) for row in rows])
+                tokens[rows] = choose(
+                    logits[rows], draws, temperature=choice.temperature, top_k=choice.top_k, top_p=choice.top_p
+                )
         if distributed.world_size() > 1:
             dist.broadcast(tokens, src=last)
         chosen = tokens.tolist()
         self.model_seconds += time.perf_counter() - start
         return chosen
+
+
+def _draw(text: Text) -> float:
+    return np.random.default_rng((text.choice.seed, text.place, len(text.tokens) - text.num_prompt)).random()
+
+
+def _keep(texts: list[Text], cached: CachedModel | None, rows: list[int]) -> tuple[list[Text], CachedModel | None]:
+    """The texts of these rows, and their part of what is cached."""
+    if len(rows) == len(texts):
+        return texts, cached
+    if cached is not None and rows:
+        cached.keep(torch.tensor(rows, dtype=torch.int64, device=mcore.device()))
+    return [texts[row] for row in rows], cached if rows else None

@@ -15,10 +15,11 @@ class Database:
 
     Attributes:
         is_member: [num_documents] bool, whether a document is one of them.
+        stream: its chunks, laid end to end.
     """
 
     def __init__(self, table: ChunkTable, documents: np.ndarray):
-        self._table, self._stream = table, Stream(table, documents)
+        self._table, self.stream = table, Stream(table, documents)
         self.is_member = np.zeros(table.num_documents, bool)
         self.is_member[documents] = True
 
@@ -38,11 +39,11 @@ class Database:
         return database
 
     def __len__(self) -> int:
-        return len(self._stream)
+        return len(self.stream)
 
     def chunks(self, begin: int, end: int) -> np.ndarray:
         """Ids of the begin-th to the (end - 1)-th chunk of the database, ascending int64."""
-        return self._stream.chunks(np.arange(begin, min(end, len(self))))
+        return self.stream.chunks(np.arange(begin, min(end, len(self))))
 
     def chunks_within(self, first: int, end: int) -> np.ndarray:
         """Ids from `first` on and below `end` that are in the database, ascending int64."""
@@ -67,4 +68,4 @@ class Database:
         """A random sample of distinct ids, one from each of `count` equal stretches, ascending int64."""
         count = min(count, len(self))
         bounds = len(self) * np.arange(count + 1) // count
-        return self._stream.chunks(np.random.default_rng(seed).integers(bounds[:-1], bounds[1:]))
+        return self.stream.chunks(np.random.default_rng(seed).integers(bounds[:-1], bounds[1:]))
