@@ -19,6 +19,7 @@ EXTRAS = {
     # `apex` on PyPI is another project), so it is no requirement of anything here.
     "te": ["transformer-engine[pytorch]>=2.9"],
     "hf": ["tokenizers>=0.21", "transformers>=5.0"],
+    "lm-eval": ["lm-eval>=0.4.9"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -52,7 +53,10 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_retro", "megatron_retro.*"]),
-    package_data={"megatron_retro.inspection": ["page.html", "page.css", "page.js"]},
+    package_data={
+        "megatron_retro.evaluation": ["report.html", "report.css"],
+        "megatron_retro.inspection": ["page.html", "page.css", "page.js"],
+    },
     install_requires=[
         "torch>=2.10",
         "megatron-core>=0.16.1",

@@ -33,6 +33,7 @@ ARROWS = {
     "inspection": {"retrieval", "data", "mcore"} | BASE,
     "training": {"model", "data", "retrieval", "mcore"} | BASE,
     "inference": {"training", "model", "data", "retrieval", "mcore"} | BASE,
+    "evaluation": {"inference", "training", "model", "data", "retrieval", "mcore"} | BASE,
 }
 
 

@@ -1,6 +1,6 @@
-"""Loss, perplexity and bits per byte of a checkpoint, with retrieval on, off and random, over the same tokens.
+"""What retrieval is worth to a checkpoint: losses on, off and random over the same tokens, leakage, answers to questions.
 
-python tools/evaluate_retro.py --load DIR --retro-work-dir DIR --split valid --output eval.json
+python tools/evaluate_retro.py --load DIR --retro-work-dir DIR --split valid --output eval.json --report eval.html
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from megatron_retro.errors import exit_on_user_error
 
 def main() -> None:
     config = parse(EvaluateConfig, description=(__doc__ or "").splitlines()[0])
-    from megatron_retro.inference.evaluate import evaluate  # after the flags are known to be right: it imports torch
+    from megatron_retro.evaluation.evaluate import evaluate  # after the flags are known to be right: it imports torch
 
     evaluate(config)
 

@@ -2,22 +2,41 @@
 
 import dataclasses
 
-from megatron_retro.config.flags import flag
+from megatron_retro.config.flags import flag, flag_name
 from megatron_retro.config.model import ParallelConfig
 from megatron_retro.errors import UserError
 
 
 @dataclasses.dataclass
 class EvaluationConfig:
-    """Evaluation"""
+    """what to evaluate on which text"""
 
-    load: str | None = flag(None, "directory of checkpoints (the newest is taken)")
-    retro_work_dir: str | None = flag(None, "work dir with the text and its neighbors")
-    split: str = flag("valid", "documents to evaluate on", choices=("train", "valid", "test"))
-    output: str | None = flag(None, "JSON file for all figures")
-    micro_batch_size: int = flag(4, "samples a rank runs at once")
+    load: str | None = flag(None, "directory of checkpoints, the newest is taken (required)")
+    retro_work_dir: str | None = flag(None, "work dir with the text and its neighbors (required)")
+    split: str = flag("valid", "documents to evaluate on", choices=("train", "valid", "test", "none"))
+    gpt: str | None = flag(None, "directory of a GPT's checkpoints, to compare with on the same tokens")
+    also_db: str | None = flag(None, "another work dir, whose database is read as well", show="none")
+    retro_num_neighbors: int | None = flag(None, "neighbors read by each chunk (K)", show="the checkpoint's")
+    micro_batch_size: int = flag(4, "samples, or questions, a rank runs at once")
     seq_length: int | None = flag(None, "tokens a sample", show="the checkpoint's")
     max_samples: int | None = flag(None, "evaluate on this many samples at the most", show="all of the split")
+
+
+@dataclasses.dataclass
+class QuestionConfig:
+    """questions"""
+
+    qa: str | None = flag(None, 'JSON lines with "question", "answers" and, where given, "ctxs" to read', show="none")
+    qa_prompt: str = flag("Question: {question}\nAnswer:", "what the model goes on from", show="Question: … Answer:")
+    qa_max_new_tokens: int = flag(32, "tokens an answer")
+
+
+@dataclasses.dataclass
+class OutputConfig:
+    """results"""
+
+    output: str | None = flag(None, "JSON file for all figures")
+    report: str | None = flag(None, "HTML file for people: table, curves, settings")
 
 
 @dataclasses.dataclass
@@ -25,6 +44,8 @@ class EvaluateConfig:
     """Everything `tools/evaluate_retro.py` takes."""
 
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    questions: QuestionConfig = dataclasses.field(default_factory=QuestionConfig)
+    results: OutputConfig = dataclasses.field(default_factory=OutputConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
 
     def finish(self) -> None:
@@ -33,11 +54,19 @@ class EvaluateConfig:
         Raises:
             UserError: names the flag and what is missing.
         """
-        if not self.evaluation.load:
+        given, questions = self.evaluation, self.questions
+        if not given.load:
             raise UserError("--load is missing; it takes the --save directory of a training run")
-        if not self.evaluation.retro_work_dir:
+        if not given.retro_work_dir:
             raise UserError("--retro-work-dir is missing; tools/preprocess_retro_data.py builds one")
-        for name in ("micro_batch_size", "max_samples"):
-            value = getattr(self.evaluation, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        for group in (given, questions):
+            for name in ("micro_batch_size", "seq_length", "max_samples", "retro_num_neighbors", "qa_max_new_tokens"):
+                value = getattr(group, name, None)
+                if value is not None and value < 1:
+                    raise UserError(f"{flag_name(name)} is {value}; it must be at least 1")
+        if given.split == "none" and not questions.qa:
+            raise UserError("--split none evaluates no text, and there is no --qa FILE; give one of the two")
+        if "{question}" not in questions.qa_prompt:
+            raise UserError(f"--qa-prompt is {questions.qa_prompt!r}; it must hold {{question}}, in braces")
+        if questions.qa and self.parallel.sequence_parallel:
+            raise UserError("--sequence-parallel shards whole samples, not answers that grow; leave it out with --qa")

@@ -1,27 +1,41 @@
-"""Loss over the same tokens with retrieval on, off and random, with intervals."""
+"""Loss of a model on samples, chunk by chunk, without gradients."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_retro import distributed, mcore
-from megatron_retro.data.samples import Batch, Samples
+from megatron_retro.data.chunks import ChunkTable
+from megatron_retro.data.samples import Batch
 
-_BOOTSTRAP_ROUNDS = 2000
+
+class SampleSource(Protocol):
+    """What is evaluated: `Samples`, or the same text with other neighbors.
+
+    Attributes:
+        table: the chunks of the text.
+    """
+
+    table: ChunkTable
+
+    def batch(self, sample_ids: np.ndarray, retrieval: str = "on") -> Batch:
+        """As `Samples.batch`."""
 
 
 @dataclasses.dataclass
 class SampleLosses:
-    """What a model lost on each sample.
+    """What a model lost on each chunk of each sample.
+
+    A token counts where it stands, not where it is predicted from: slot j < L of a sample holds the predicted tokens of
+    its j-th chunk, which all read the neighbors of the chunk before it, and slot L the one token behind the sample.
 
     Attributes:
-        loss: [num_samples] float64, summed over the sample's predicted tokens, in nats.
-        tokens: [num_samples] int64, predicted tokens.
+        loss: [num_samples, L + 1] float64, summed over the predicted tokens, in nats.
+        tokens: [num_samples, L + 1] int64, how many they are.
     """
 
     loss: np.ndarray
@@ -35,7 +49,7 @@ class SampleLosses:
 
 def sample_losses(
     model: torch.nn.Module,
-    samples: Samples,
+    samples: SampleSource,
     *,
     num_samples: int,
     micro_batch_size: int,
@@ -52,17 +66,17 @@ def sample_losses(
     ranks = mcore.parallel_state.get_data_parallel_world_size()
     rank = mcore.parallel_state.get_data_parallel_rank()
     together = micro_batch_size * ranks
-    reports: list[dict[str, Any]] = []
+    rows: list[np.ndarray] = []
     was_training = model.training
     model.eval()
     with torch.no_grad():
         for begin in range(0, num_samples, together):
             ids = begin + rank * micro_batch_size + np.arange(micro_batch_size)
             batch = samples.batch(np.where(ids < num_samples, ids, -1), retrieval)
-            reports += run_forward(model, batch)
+            rows += [_by_slot(report, samples.table.chunk_length) for report in run_forward(model, batch)]
             progress(min(num_samples, begin + together))
     model.train(was_training)
-    return _gather(reports, num_samples)
+    return _gather(rows, num_samples)
 
 
 def run_forward(model: torch.nn.Module, batch: Batch) -> list[dict[str, Any]]:
@@ -100,70 +114,36 @@ def boundary_length(model: torch.nn.Module, batch: Batch) -> int:
 
 
 def _loss_of(losses_BxS: Tensor, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """(loss summed over predicted tokens, their number, a report of both by sample)."""
-    by_sample = (losses_BxS.float() * batch.loss_mask_BxS).sum(1)
+    """(loss summed over predicted tokens, their number, a report of both by sample and by position)."""
+    by_position = losses_BxS.float() * batch.loss_mask_BxS
+    by_sample = by_position.sum(1)
     tokens = batch.loss_mask_BxS.sum(1)
-    report = {"ids": batch.sample_ids, "loss": by_sample.detach().clone(), "tokens": tokens}
+    report = {
+        "ids": batch.sample_ids,
+        "loss": by_sample.detach().clone(),
+        "tokens": tokens,
+        "losses_BxS": by_position.detach(),
+        "mask_BxS": batch.loss_mask_BxS,
+    }
     return by_sample.sum(), tokens.sum().int(), report
 
 
-def _gather(reports: list[dict[str, Any]], num_samples: int) -> SampleLosses:
+def _by_slot(report: dict[str, Any], chunk_length: int) -> np.ndarray:
+    """[B, 1 + 2 (L + 1)] float64: sample id, then loss and tokens of each slot (see `SampleLosses`)."""
+    slots = []
+    for name in ("losses_BxS", "mask_BxS"):
+        shifted = torch.nn.functional.pad(report[name].double(), (1, chunk_length - 1))  # position p predicts p + 1
+        slots.append(shifted.unflatten(1, (-1, chunk_length)).sum(2).cpu().numpy())
+    return np.concatenate([report["ids"][:, None], *slots], axis=1)
+
+
+def _gather(rows: list[np.ndarray], num_samples: int) -> SampleLosses:
     first_of_group = mcore.parallel_state.get_tensor_model_parallel_rank() == 0
-    rows = [
-        np.stack([report["ids"], report["loss"].double().cpu().numpy(), report["tokens"].cpu().numpy()])
-        for report in reports
-        if first_of_group
-    ]
-    losses = SampleLosses(np.zeros(num_samples), np.zeros(num_samples, np.int64))
-    for part in distributed.all_gather(rows):
-        for ids, loss, tokens in part:
-            real = ids >= 0
-            losses.loss[ids[real].astype(int)] = loss[real]
-            losses.tokens[ids[real].astype(int)] = tokens[real]
-    return losses
-
-
-def summarize(losses: dict[str, SampleLosses], num_bytes: int, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Loss, perplexity and bits per byte of each retrieval mode, with 95 % bootstrap intervals over samples.
-
-    Args:
-        losses: mode -> losses over the same samples.
-        num_bytes: UTF-8 bytes of the predicted tokens.
-
-    Returns:
-        mode -> figures; `versus_off` is the paired difference of loss to retrieval off, in nats a token.
-    """
-    result = {}
-    for mode, of_mode in losses.items():
-        figures: dict[str, Any] = {
-            "loss": of_mode.mean,
-            "loss_interval": _interval(of_mode.loss, of_mode.tokens, seed),
-            "perplexity": math.exp(min(of_mode.mean, 700.0)),
-            "bits_per_byte": float(of_mode.loss.sum()) / math.log(2) / max(1, num_bytes),
-            "tokens": int(of_mode.tokens.sum()),
-            "samples": len(of_mode.loss),
-        }
-        if mode != "off" and "off" in losses:
-            difference = of_mode.loss - losses["off"].loss
-            figures["versus_off"] = float(difference.sum() / max(1, of_mode.tokens.sum()))
-            figures["versus_off_interval"] = _interval(difference, of_mode.tokens, seed)
-        result[mode] = figures
-    return result
-
-
-def _interval(total: np.ndarray, tokens: np.ndarray, seed: int) -> list[float]:
-    """95 % percentile bootstrap interval of sum(total) / sum(tokens), resampling samples."""
-    draw = np.random.default_rng(seed)
-    picks = draw.integers(len(total), size=(_BOOTSTRAP_ROUNDS, len(total)))
-    means = total[picks].sum(1) / np.maximum(1, tokens[picks].sum(1))
-    return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
-
-
-def predicted_bytes(samples: Samples, num_samples: int, decode: Callable[[list[list[int]]], list[str]]) -> int:
-    """UTF-8 bytes of the text of all predicted tokens of samples 0 … num_samples-1."""
-    total = 0
-    for sample in range(num_samples):
-        batch = samples.batch(np.array([sample]), "off")
-        predicted = batch.labels_BxS[batch.loss_mask_BxS > 0].tolist()
-        total += len(decode([predicted])[0].encode("utf-8", errors="replace"))
-    return total
+    table = np.concatenate(
+        [part for of_rank in distributed.all_gather(rows if first_of_group else []) for part in of_rank]
+    )
+    table = table[table[:, 0] >= 0]
+    assert len(table) == num_samples
+    table = table[np.argsort(table[:, 0])]
+    loss, tokens = np.split(table[:, 1:], 2, axis=1)
+    return SampleLosses(loss, tokens.astype(np.int64))

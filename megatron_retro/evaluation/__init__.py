@@ -1,0 +1,1 @@
+"""What retrieval is worth: losses, leakage, answers to questions, and the report."""

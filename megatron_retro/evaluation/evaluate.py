@@ -1,0 +1,161 @@
+"""What `tools/evaluate_retro.py` does: one text, or a file of questions, in every mode; a table, JSON, a page.
+
+Modes: "on", "off" and "random" (neighbors), "also" (those of another work dir's database), "gpt" (another model).
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+from megatron_retro import distributed, mcore
+from megatron_retro.config import flags
+from megatron_retro.config.evaluation import EvaluateConfig, EvaluationConfig
+from megatron_retro.config.model import RETRIEVAL_MODES, RetroConfig
+from megatron_retro.config.training import DataConfig
+from megatron_retro.errors import UserError
+from megatron_retro.evaluation.asking import QuestionEvaluation
+from megatron_retro.evaluation.other import OtherDatabase
+from megatron_retro.evaluation.questions import Question, read_questions
+from megatron_retro.evaluation.report import write_report
+from megatron_retro.evaluation.table import Progress, table
+from megatron_retro.evaluation.text import TextEvaluation
+from megatron_retro.inference.loading import Trained, check_same_tokenizer, load_trained
+from megatron_retro.training import checkpoint
+from megatron_retro.training.data import TrainingData
+from megatron_retro.workdir import WorkDir, check_writable, write_atomically
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Run the evaluation; every rank calls it and gets the figures, rank 0 prints and writes them.
+
+    Raises:
+        UserError: flags, checkpoints, work dirs and questions do not fit together.
+    """
+    config.finish()
+    given, parallel, results = config.evaluation, config.parallel, config.results
+    assert given.load and given.retro_work_dir
+    distributed.use_this_ranks_share()
+    mcore.initialize(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    for flag, file in (("--output", results.output), ("--report", results.report)):
+        if file:
+            distributed.together(functools.partial(check_writable, flag, pathlib.Path(file).absolute().parent))
+    asked, gpt_directory, work_dir = config.questions.qa, given.gpt, given.retro_work_dir
+    questions = distributed.together(lambda: read_questions(pathlib.Path(asked)) if asked else [])
+    if gpt_directory:
+        distributed.together(lambda: _check_is_gpt(gpt_directory))
+
+    # ---- the model that reads, and what it reads
+    trained = load_trained(given.load, parallel)
+    retro = _retro_of(trained, given)
+    data = distributed.together(lambda: TrainingData.open(work_dir, retrieve=retro is not None))
+    check_same_tokenizer(trained, data.tokenizer_digest, data.table.chunk_length, work_dir)
+    if retro:
+        parallel.check_retrieved_length(2 * data.table.chunk_length)
+    work = WorkDir(work_dir)
+    seq_length = given.seq_length or trained.model.seq_length
+    text = _text(given, data, work, retro, seq_length) if given.split != "none" else None
+    asking = _asking(config, questions, data, work, retro) if questions else None
+
+    # ---- one model after the other
+    result: dict[str, Any] = {
+        "checkpoint": str(trained.path),
+        "iteration": trained.state.iteration,
+        "retro_work_dir": work_dir,
+        "split": given.split,
+    }
+    modes = [*RETRIEVAL_MODES, *(["also"] if given.also_db else [])] if retro else ["off"]
+    _measure(text, asking, trained, modes, given)
+    if gpt_directory:
+        del trained  # its memory, before the next one's
+        gpt = load_trained(gpt_directory, dataclasses.replace(parallel))
+        check_same_tokenizer(gpt, data.tokenizer_digest, data.table.chunk_length, work_dir)
+        result["gpt"] = str(gpt.path)
+        _measure(text, asking, gpt, ["gpt"], given)
+
+    # ---- figures
+    if text:
+        result |= text.result(data.open_tokenizer().decode)
+    if asking:
+        result["questions"] = asking.result()
+    result["settings"] = flags.to_dict(config) | {"seq_length": seq_length}
+    if distributed.rank() == 0:
+        print(table(result))
+        if results.output:
+            content = json.dumps(result, indent=1, allow_nan=False).encode()
+            write_atomically(pathlib.Path(results.output), lambda file: file.write(content))
+        if results.report:
+            write_report(pathlib.Path(results.report), result)
+    mcore.shut_down()
+    return result
+
+
+def _check_is_gpt(directory: str) -> None:
+    """Refuse what cannot be compared with before hours of evaluation."""
+    path = checkpoint.find(directory)
+    if path is None:
+        raise UserError(f"--gpt {directory} holds no checkpoint (no latest_checkpointed_iteration.txt)")
+    if checkpoint.read_state(path).config.get("retro_add_retriever"):
+        raise UserError(f"--gpt {directory} holds a RETRO, not a GPT; evaluate it by itself with --load {directory}")
+
+
+def _retro_of(trained: Trained, given: EvaluationConfig) -> RetroConfig | None:
+    """The retrieval flags of a checkpoint with the number of neighbors asked for; None for a GPT."""
+    if trained.retro is None:
+        for flag, value in (("--also-db", given.also_db), ("--retro-num-neighbors", given.retro_num_neighbors)):
+            if value:
+                raise UserError(f"{flag} {value} is for a model that reads; {trained.path} is a GPT, leave it out")
+        return None
+    return dataclasses.replace(
+        trained.retro, retro_num_neighbors=given.retro_num_neighbors or trained.retro.retro_num_neighbors
+    )
+
+
+def _text(
+    given: EvaluationConfig, data: TrainingData, work: WorkDir, retro: RetroConfig | None, seq_length: int
+) -> TextEvaluation:
+    samples = data.samples(given.split, DataConfig(), retro, seq_length=seq_length, num_samples=None, training=False)
+    number, other_path, num_neighbors = len(samples), given.also_db, retro.retro_num_neighbors if retro else 0
+    other = distributed.together(lambda: OtherDatabase(other_path, work)) if other_path else None
+    if other and num_neighbors > other.num_neighbors:
+        raise UserError(
+            f"--retro-num-neighbors {num_neighbors} is more than the {other.num_neighbors} that --also-db {other_path} "
+            "holds for each chunk; build one with a larger --retro-query-num-neighbors-save"
+        )
+    number = min(number, given.max_samples or number)
+    return TextEvaluation(samples, number, data.neighbors, other, num_neighbors, data.pad)
+
+
+def _asking(
+    config: EvaluateConfig, questions: list[Question], data: TrainingData, work: WorkDir, retro: RetroConfig | None
+) -> QuestionEvaluation:
+    return QuestionEvaluation(
+        questions,
+        work,
+        data.table,
+        distributed.together(data.open_tokenizer),
+        template=config.questions.qa_prompt,
+        max_new_tokens=config.questions.qa_max_new_tokens,
+        batch_size=config.evaluation.micro_batch_size,
+        num_neighbors=retro.retro_num_neighbors if retro else 0,
+    )
+
+
+def _measure(
+    text: TextEvaluation | None,
+    asking: QuestionEvaluation | None,
+    trained: Trained,
+    modes: list[str],
+    given: EvaluationConfig,
+) -> None:
+    for mode in modes:
+        if text:
+            progress = Progress(f"{mode}, samples", text.num_samples)
+            text.measure(mode, trained.module, given.micro_batch_size, progress)
+        if asking and mode in ("on", "off", "gpt"):
+            asking.measure(mode, trained, Progress(f"{mode}, questions", asking.num_questions))

@@ -1,0 +1,186 @@
+"""Questions: read from a file, asked of a model, answers compared.
+
+A chunk's neighbors are read from its last token on, so a question is filled up on the left until it ends with a chunk:
+its neighbors are then read from the first token of the answer on (Wang et al., arXiv 2304.06762, do the same). The
+filler is one token that says nothing, where the tokenizer has it a line feed: the embedder does not see white space.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_retro import mcore
+from megatron_retro.data.tokenizer import Tokenizer
+from megatron_retro.errors import UserError
+from megatron_retro.evaluation import answers
+from megatron_retro.evaluation.bootstrap import estimate, ratio, resampled
+from megatron_retro.inference.reader import Reader, Reads
+from megatron_retro.inference.writer import Choice, Text, Writer
+
+_FILLERS = ("\n", " ", ".")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question, the answers that are right, and the texts to read, if any are given."""
+
+    question: str
+    answers: list[str]
+    ctxs: list[str]
+
+
+def read_questions(path: pathlib.Path) -> list[Question]:
+    """The questions of a file of JSON lines.
+
+    Raises:
+        UserError: the file cannot be read, or a line is no question; it names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--qa {path} cannot be read ({error})") from None
+    questions = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                questions.append(_question(json.loads(line)))
+            except (ValueError, KeyError, TypeError) as error:
+                reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
+                raise UserError(
+                    f'--qa {path}:{number}: {reason}; write {{"question": "…", "answers": ["…"]}} on each line, '
+                    'and "ctxs": ["…"] or [{"title": "…", "text": "…"}] where texts are given'
+                ) from None
+    if not questions:
+        raise UserError(f"--qa {path} holds no question; write one a line")
+    return questions
+
+
+def _question(record: Any) -> Question:
+    if not isinstance(record, dict):
+        raise TypeError("it is no JSON object")
+    question, expected, ctxs = record["question"], record["answers"], record.get("ctxs") or []
+    if not (isinstance(question, str) and question.strip()):
+        raise TypeError('"question" is no text')
+    if not (isinstance(expected, list) and expected and all(isinstance(one, str) for one in expected)):
+        raise TypeError('"answers" is no list of texts')
+    if not isinstance(ctxs, list):
+        raise TypeError('"ctxs" is no list')
+    return Question(question, expected, [_context(ctx) for ctx in ctxs])
+
+
+def _context(ctx: Any) -> str:
+    if isinstance(ctx, dict):
+        ctx = "\n".join(str(ctx[key]) for key in ("title", "text") if ctx.get(key))
+    if not isinstance(ctx, str):
+        raise TypeError('"ctxs" holds what is neither text nor {"title", "text"}')
+    return ctx
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+
+
+def filler(tokenizer: Tokenizer) -> int:
+    """The token that fills prompts up: a line feed, space or full stop of one token, else the end of a document."""
+    rows = tokenizer.encode(list(_FILLERS))
+    return next((row[0] for row in rows if len(row) == 1), tokenizer.eod)
+
+
+def filled(tokens: list[int], chunk_length: int, fill: int) -> list[int]:
+    """Tokens behind so many fillers that they end with a chunk; at least one chunk."""
+    missing = -len(tokens) % chunk_length if tokens else chunk_length
+    return [fill] * missing + tokens
+
+
+class GivenReader(Reader):
+    """Reads the same texts for every chunk.
+
+    Args:
+        texts: token ids; the first `num_neighbors` are read, cut to `length` tokens.
+    """
+
+    def __init__(self, texts: list[list[int]], num_neighbors: int, length: int):
+        self.seconds = 0.0
+        self._tokens_KxR = torch.zeros(num_neighbors, length, dtype=torch.int64)
+        self._lengths_K = torch.zeros(num_neighbors, dtype=torch.int64)
+        for row, text in enumerate(texts[:num_neighbors]):
+            self._lengths_K[row] = min(len(text), length)
+            self._tokens_KxR[row, : min(len(text), length)] = torch.tensor(text[:length], dtype=torch.int64)
+
+    def read(self, chunks: list[list[int]]) -> Reads:
+        shape, device = (len(chunks), len(self._lengths_K)), mcore.device()
+        return Reads(
+            np.full(shape, -1),
+            np.full(shape, np.inf, np.float32),
+            self._tokens_KxR.expand(len(chunks), -1, -1).to(device),
+            self._lengths_K.expand(len(chunks), -1).to(device),
+        )
+
+
+# ------------------------------------------------------------------------------------------------ asking
+
+
+def ask(
+    questions: list[Question],
+    writer: Writer,
+    tokenizer: Tokenizer,
+    reader_of: Callable[[Question], Reader | None],
+    *,
+    template: str,
+    chunk_length: int,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """The answers, greedily chosen, up to the end of their first line; every rank calls it.
+
+    Args:
+        reader_of: what finds the neighbors that a question reads; None for no neighbors.
+        template: the prompt, with `{question}` in it.
+        batch_size: questions answered at once.
+    """
+    fill, choice, found = filler(tokenizer), Choice(temperature=0), []
+    for begin in range(0, len(questions), batch_size):
+        some = questions[begin : begin + batch_size]
+        encoded = tokenizer.encode([template.replace("{question}", question.question) for question in some])
+        texts = [
+            Text(number, filled(tokens, chunk_length, fill), choice, number, max_new_tokens, reader_of(question))
+            for number, (tokens, question) in enumerate(zip(encoded, some, strict=True))
+        ]
+        batches = iter([texts])
+        written: list[list[int]] = [[] for _ in some]
+        for event in writer.write_texts(lambda batches=batches: next(batches, [])):  # type: ignore[misc]
+            if event.token is not None:
+                written[event.text].append(event.token)
+        found += [first_line(text) for text in tokenizer.decode(written)]
+        progress(begin + len(some))
+    return found
+
+
+def first_line(text: str) -> str:
+    """An answer ends with its line."""
+    return text.strip().split("\n")[0].strip()
+
+
+def compare(questions: list[Question], found: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """Exact match and F1 of each mode's answers, with 95 % intervals over questions and paired differences."""
+    columns: dict[tuple[str, str], np.ndarray] = {}
+    for mode, texts in found.items():
+        for name, measure in (("exact_match", answers.exact_match), ("f1", answers.f1)):
+            pairs = zip(texts, questions, strict=True)
+            columns[mode, name] = np.array([measure(text, question.answers) for text, question in pairs])
+    sums = resampled(columns, np.arange(len(questions)))
+    count = np.full(len(next(iter(sums.values()))), float(len(questions)))
+    result: dict[str, dict[str, Any]] = {mode: {} for mode in found}
+    for mode, name in columns:
+        figures = result[mode]
+        figures[name], figures[f"{name}_interval"] = estimate(ratio(sums[mode, name], count))
+        for other in ("off", "gpt"):
+            if other in found and mode not in (other, "gpt"):
+                difference = estimate(ratio(sums[mode, name] - sums[other, name], count))
+                figures[f"{name}_versus_{other}"], figures[f"{name}_versus_{other}_interval"] = difference
+    return result
