@@ -151,6 +151,7 @@ def test_checks_of_the_result_see_what_they_are_for():
 def test_full_nprobe_equals_brute_force(factory, num_shards, tmp_path, monkeypatch):
     monkeypatch.setattr(join, "_SLAB", 64)
     monkeypatch.setattr(join, "_PENDING", 1000)
+    monkeypatch.setattr(join, "_SCORES", 500)
     monkeypatch.setattr(join, "_COARSE_QUERIES", 100)
     table = unique(SIZES)
     for search in searches_of(table, tmp_path, factory, nprobe=16, num_shards=num_shards):

@@ -19,6 +19,7 @@ from megatron_retro.retrieval.ranking import rank_candidates
 
 _SPARE = 6  # candidates beyond K, against rounding
 _SLAB = 16_384  # rows of the database read at once
+_SCORES = 4_000_000  # products of queries and chunks that are held at once
 _PENDING = 2_000_000  # candidates that wait to be merged
 _FIRST_PROBES = 4  # nearest lists, whose best scores bound what the others must reach
 _COARSE_QUERIES = 8192  # whose nearest lists are sought at once
@@ -72,29 +73,31 @@ class ListJoin:
         rows = by_list // max(1, probes.shape[1])
         bounds = dict(zip(lists.tolist(), itertools.pairwise([*begins.tolist(), len(rows)]), strict=True))
         for number, chunks, vectors in self._lists(shard, lists[lists >= 0]):
-            begin, end = bounds[number]
-            best.offer(rows[begin:end], chunks, vectors)
+            at_once = max(1, _SCORES // len(chunks))
+            for begin in range(*bounds[number], at_once):
+                best.offer(rows[begin : min(begin + at_once, bounds[number][1])], chunks, vectors)
         best.merge()
 
     def _lists(self, shard: Any, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(number, chunk ids, embeddings) of the lists that are not empty, read slab by slab."""
+        """(number, chunk ids, embeddings) of the lists that are not empty, or of parts of them, read slab by slab."""
         waiting: list[tuple[int, np.ndarray]] = []
         num_chunks = 0
         for number in numbers:
             ids = list_ids(shard, int(number))
-            waiting.append((int(number), ids[self._database.holds(ids)]))
-            num_chunks += len(ids)
-            if num_chunks >= _SLAB:
-                yield from self._read(waiting)
-                waiting, num_chunks = [], 0
+            ids = ids[self._database.holds(ids)]
+            for begin in range(0, len(ids), _SLAB):  # a list may be longer than a slab
+                waiting.append((int(number), ids[begin : begin + _SLAB]))
+                num_chunks += len(waiting[-1][1])
+                if num_chunks >= _SLAB:
+                    yield from self._read(waiting)
+                    waiting, num_chunks = [], 0
         yield from self._read(waiting)
 
     def _read(self, lists: list[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         vectors = self._embeddings.rows(np.concatenate([np.zeros(0, np.int64), *(chunks for _, chunks in lists)]))
         begin = 0
         for number, chunks in lists:
-            if len(chunks):
-                yield number, chunks, vectors[begin : begin + len(chunks)]
+            yield number, chunks, vectors[begin : begin + len(chunks)]
             begin += len(chunks)
 
 
