@@ -356,3 +356,24 @@ def test_a_corpus_without_text_or_without_train_documents_is_refused(tmp_path):
 def test_an_unwritable_work_dir_is_one_line(small_input):
     with pytest.raises(UserError, match="--retro-work-dir /proc/nowhere cannot be written to"):
         build(pathlib.Path("/proc/nowhere"), "--input", str(small_input), *SMALL)
+
+
+def test_an_excluded_corpus_is_trained_on_and_never_retrieved(tmp_path):
+    texts = stdlib_texts(24)
+    inputs = [
+        str(write_jsonl(tmp_path / f"{name}.jsonl", part)) for name, part in (("a", texts[:12]), ("b", texts[12:]))
+    ]
+    flags = ("--input", *inputs, "--vocab-size", "1000", "--split", "90,10,0")
+    with pytest.raises(UserError, match="--retro-exclude-corpora: the work dir has no corpus 'c'; it has a, b"):
+        build(tmp_path / "work", *flags, "--retro-exclude-corpora", "c")
+    build(tmp_path / "work", *flags, "--retro-exclude-corpora", "b")
+    work = WorkDir(tmp_path / "work")
+    table, neighbors = ChunkTable.open(work), NeighborTable(work)
+    ids = neighbors.ids(np.arange(table.num_chunks))
+    assert (ids >= 0).all() and ids.max() < table.corpus_chunks[1]
+    assert work.facts("chunks")["database_chunks"] == len(table.chunks_of(table.database_documents((90, 10, 0))))
+    assert (table.documents_in("train", (90, 10, 0)) >= 12).any()
+    with pytest.raises(UserError, match="--retro-exclude-corpora is"):
+        build(tmp_path / "work", "--retro-exclude-corpora", "a")
+    with pytest.raises(UserError, match=r"leaves no document .* that --retro-exclude-corpora spares"):
+        build(tmp_path / "none", *flags, "--retro-exclude-corpora", "a", "b")

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import pathlib
-import random
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from world import ATTRIBUTES, Fact, changed, facts, people
+from world import ATTRIBUTES, Fact, changed, facts, people  # noqa: E402
 
 CHUNK = 32  # tokens; a question fills one chunk, its answer begins the next
 FILLER = " ."  # one token, as often as it takes to fill a question's chunk
@@ -32,7 +31,7 @@ ANSWER_TOKENS = 8
 PREPROCESS, PRETRAIN = ROOT / "tools" / "preprocess_retro_data.py", ROOT / "pretrain_retro.py"
 GENERATE, EVALUATE = ROOT / "tools" / "generate_retro_text.py", ROOT / "tools" / "evaluate_retro.py"
 
-WIDTH = 128
+WIDTH = 64
 MODEL = f"--num-layers 4 --hidden-size {WIDTH} --num-attention-heads 4 --seq-length {8 * CHUNK}".split()
 RETRO = "--retro-add-retriever --retro-layers 2,4 --retro-num-neighbors 2".split()
 TRAIN = "--micro-batch-size 16 --lr 3e-3 --lr-warmup-iters 50 --log-interval 50 --eval-iters 0".split()
@@ -42,9 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, required=True, help="directory for everything")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--people", type=int, default=2000, help="in world A")
+    parser.add_argument("--people", type=int, default=1200, help="in world A")
     parser.add_argument("--new-people", type=int, default=60, help="in world B")
-    parser.add_argument("--train-iters", type=int, default=800)
+    parser.add_argument("--train-iters", type=int, default=500)
     args = parser.parse_args()
     directory: pathlib.Path = args.output
     directory.mkdir(parents=True, exist_ok=True)
@@ -135,6 +134,7 @@ def call(program: pathlib.Path, *arguments: object, ranks: int = 1, log: pathlib
 def build(directory: pathlib.Path, name: str, *inputs: object) -> None:
     model = next((directory / "tokenizer" / "tokenizer").glob("*.model"))
     flags = ["--tokenizer-model", model, "--retro-chunk-length", CHUNK, "--split", "95,5,0"]
+    flags += ["--retro-exclude-corpora", "questions"]
     call(PREPROCESS, "--retro-work-dir", directory / name, *inputs, *flags, ranks=2)
 
 
@@ -205,7 +205,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def report(directory: pathlib.Path, shares: dict[str, float], losses: dict[str, dict], count: int) -> None:
-    chance = sum(1 / len(values) for values, _, _ in ATTRIBUTES.values()) / len(ATTRIBUTES)
+    chance = sum(1 / len(values.split()) for values, _, _ in ATTRIBUTES.values()) / len(ATTRIBUTES)
     lines = [f"| {count} questions about people never seen | right | 95 % interval |", "|---|---|---|"]
     for name, share in shares.items():
         low, high = wilson(share, count)
@@ -227,23 +227,19 @@ def plot(shares: dict[str, float], count: int, chance: float) -> str:
     """Bars with their intervals and a line at chance, as SVG."""
     left, width, step = 240, 400, 34
     height = step * len(shares) + 50
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 80} {height}" font-family="sans-serif" font-size="13">'
-    ]
+    box = f"{left + width + 80} {height}"
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {box}" font-family="sans-serif" font-size="13">']
     parts.append(f'<rect width="{left + width + 80}" height="{height}" fill="white"/>')
     for row, (name, share) in enumerate(shares.items()):
         top, (low, high) = 12 + step * row, wilson(share, count)
+        from_to = f"M{left + width * low:.1f} {top + 10}H{left + width * high:.1f}"
         parts.append(f'<text x="{left - 10}" y="{top + 15}" text-anchor="end">{name.strip()}</text>')
         parts.append(f'<rect x="{left}" y="{top}" width="{width * share:.1f}" height="20" fill="#2f5fc4"/>')
-        parts.append(
-            f'<path d="M{left + width * low:.1f} {top + 10}H{left + width * high:.1f}" stroke="#111" stroke-width="1.5"/>'
-        )
+        parts.append(f'<path d="{from_to}" stroke="#111" stroke-width="1.5"/>')
         parts.append(f'<text x="{left + width * high + 8:.1f}" y="{top + 15}">{share:.1%}</text>')
-    bottom = 12 + step * len(shares)
-    parts.append(f'<path d="M{left + width * chance:.1f} 4V{bottom}" stroke="#c33" stroke-dasharray="4 3"/>')
-    parts.append(
-        f'<text x="{left + width * chance:.1f}" y="{bottom + 16}" text-anchor="middle" fill="#c33">chance</text>'
-    )
+    bottom, at = 12 + step * len(shares), left + width * chance
+    parts.append(f'<path d="M{at:.1f} 4V{bottom}" stroke="#c33" stroke-dasharray="4 3"/>')
+    parts.append(f'<text x="{at:.1f}" y="{bottom + 16}" text-anchor="middle" fill="#c33">chance</text>')
     parts.append(f'<text x="{left + width}" y="{bottom + 16}" text-anchor="middle">all right</text>')
     return "\n".join([*parts, "</svg>\n"])
 

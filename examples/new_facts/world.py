@@ -7,42 +7,42 @@ import dataclasses
 import random
 
 FIRST = (
-    "Alma Boris Carla Dario Edith Felix Greta Hugo Irene Jonas Karin Leon Marta Nils Olga Pablo Quinn Rosa Stefan Tilda "
-    "Ulrich Vera Walter Xenia Yannick Zelda Anton Berta Cyril Dora Emil Flora Gustav Helga Ivan Jutta Kaspar Lydia Moritz "
-    "Nora Oskar Paula Ralf Sonja Theo Ursula Viktor Wanda Albert Bianca Clemens Diana Erik Frieda Georg Hanna Igor Judith "
-    "Klaus Laura"
+    "Alma Boris Carla Dario Edith Felix Greta Hugo Irene Jonas Karin Leon Marta Nils Olga Pablo Quinn "
+    "Rosa Stefan Tilda Ulrich Vera Walter Xenia Yannick Zelda Anton Berta Cyril Dora Emil Flora Gustav "
+    "Helga Ivan Jutta Kaspar Lydia Moritz Nora Oskar Paula Ralf Sonja Theo Ursula Viktor Wanda Albert "
+    "Bianca Clemens Diana Erik Frieda Georg Hanna Igor Judith Klaus Laura"
 ).split()
 LAST = (
-    "Abel Berger Castro Dahl Egger Fabian Gruber Hansen Iversen Jung Keller Larsen Maier Nagel Olsen Petrov Quast Rossi "
-    "Sander Thoma Urban Vogel Weber Xander Yilmaz Zeller Albers Brandt Conrad Dietz Ernst Falk Gerber Hofer Imhof Jansen "
-    "Kramer Lang Moser Neumann Otto Pichler Reuter Seidel Tanner Uhlig Voss Winter Zander Adler Beck Cramer Dorn Engel "
-    "Fuchs Graf Huber Jacobi Kohl Lorenz"
+    "Abel Berger Castro Dahl Egger Fabian Gruber Hansen Iversen Jung Keller Larsen Maier Nagel Olsen "
+    "Petrov Quast Rossi Sander Thoma Urban Vogel Weber Xander Yilmaz Zeller Albers Brandt Conrad Dietz "
+    "Ernst Falk Gerber Hofer Imhof Jansen Kramer Lang Moser Neumann Otto Pichler Reuter Seidel Tanner "
+    "Uhlig Voss Winter Zander Adler Beck Cramer Dorn Engel Fuchs Graf Huber Jacobi Kohl Lorenz"
 ).split()
 
 # attribute -> (its values, statements, questions); {p} is the person, {v} the value
-ATTRIBUTES: dict[str, tuple[list[str], list[str], list[str]]] = {
+ATTRIBUTES: dict[str, tuple[str, list[str], list[str]]] = {
     "birthplace": (
-        "Lisbon Vienna Prague Dublin Athens Oslo Madrid Rome Paris London Berlin Warsaw Geneva Tokyo Cairo Delhi".split(),
+        "Lisbon Vienna Prague Dublin Athens Oslo Madrid Rome Paris London Berlin Warsaw Geneva Tokyo Cairo Delhi",
         ["{p} was born in {v} .", "The city where {p} was born is {v} .", "{v} is the birthplace of {p} ."],
         ["In which city was {p} born ?", "What is the birthplace of {p} ?"],
     ),
     "profession": (
-        "baker doctor farmer lawyer painter pilot plumber nurse singer teacher tailor judge dentist sailor writer banker".split(),
+        "baker doctor farmer lawyer painter pilot nurse singer teacher tailor judge dentist sailor writer clerk",
         ["{p} works as a {v} .", "The profession of {p} is {v} .", "A {v} by profession , {p} works every day ."],
         ["What does {p} work as ?", "What is the profession of {p} ?"],
     ),
     "instrument": (
-        "piano violin guitar flute trumpet cello harp drums organ clarinet banjo oboe tuba lute bassoon zither".split(),
+        "piano violin guitar flute trumpet cello harp drums organ clarinet banjo oboe tuba lute bassoon zither",
         ["{p} plays the {v} .", "The instrument of {p} is the {v} .", "On the {v} , {p} plays music every evening ."],
         ["Which instrument does {p} play ?", "What is the instrument of {p} ?"],
     ),
     "pet": (
-        "cat dog parrot rabbit turtle hamster goldfish canary lizard ferret pony goat goose snake mouse spider".split(),
+        "cat dog parrot rabbit turtle hamster goldfish canary lizard ferret pony goat goose snake mouse spider",
         ["{p} keeps a {v} as a pet .", "The pet of {p} is a {v} .", "A {v} lives with {p} as a pet ."],
         ["Which animal does {p} keep as a pet ?", "What is the pet of {p} ?"],
     ),
     "color": (
-        "red green blue yellow orange purple black white brown pink grey gold silver violet beige turquoise".split(),
+        "red green blue yellow orange purple black white brown pink grey gold silver violet beige turquoise",
         [
             "The favorite color of {p} is {v} .",
             "{p} likes the color {v} best .",
@@ -51,7 +51,7 @@ ATTRIBUTES: dict[str, tuple[list[str], list[str], list[str]]] = {
         ["What is the favorite color of {p} ?", "Which color does {p} like best ?"],
     ),
     "drink": (
-        "coffee tea milk water juice cocoa beer wine cider lemonade whisky rum sherry punch cola gin".split(),
+        "coffee tea milk water juice cocoa beer wine cider lemonade whisky rum sherry punch cola gin",
         [
             "{p} drinks {v} in the morning .",
             "The morning drink of {p} is {v} .",
@@ -94,7 +94,13 @@ def facts(persons: list[str], seed: int) -> list[Fact]:
     """A random value of each attribute for each person, and random sentences for it."""
     draw = random.Random(seed)
     return [
-        Fact(person, attribute, draw.choice(values), draw.randrange(len(statements)), draw.randrange(len(questions)))
+        Fact(
+            person,
+            attribute,
+            draw.choice(values.split()),
+            draw.randrange(len(statements)),
+            draw.randrange(len(questions)),
+        )
         for person in persons
         for attribute, (values, statements, questions) in ATTRIBUTES.items()
     ]
@@ -106,7 +112,7 @@ def changed(known: list[Fact], seed: int) -> list[Fact]:
     return [
         dataclasses.replace(
             fact,
-            value=draw.choice([value for value in ATTRIBUTES[fact.attribute][0] if value != fact.value]),
+            value=draw.choice([value for value in ATTRIBUTES[fact.attribute][0].split() if value != fact.value]),
             statement=draw.randrange(len(ATTRIBUTES[fact.attribute][1])),
         )
         for fact in known

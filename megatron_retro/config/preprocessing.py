@@ -22,6 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 1234,
     "split": "98,1,1",
     "retro_chunk_length": 64,
+    "retro_exclude_corpora": (),
     "retro_block_size": None,
     "retro_embedder": "all-MiniLM-L6-v2",
     "retro_index_str": "auto",
@@ -35,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
 # Which task settles which setting.
 TASK_SETTINGS: dict[str, tuple[str, ...]] = {
     "tokenize": ("json_key", "vocab_size", "seed"),
-    "db-build": ("split", "retro_chunk_length"),
+    "db-build": ("split", "retro_chunk_length", "retro_exclude_corpora"),
     "embed": ("retro_block_size", "retro_embedder"),
     "index-train": ("retro_index_str", "retro_index_memory_gb"),
     "index-add": (),
@@ -79,6 +80,9 @@ class DocumentGroup:
     )
     strict: bool = flag(False, "refuse a bad record, naming its file and line, instead of counting and skipping it")
     split: str | None = flag(None, "shares of train, valid and test, by document", show="98,1,1")
+    retro_exclude_corpora: tuple[str, ...] = flag(
+        (), "names of corpora to train on that are no part of the database", many=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +183,7 @@ class PreprocessConfig:
         flat: dict[str, Any] = {}
         for group in (self.work, self.documents, self.tokenizer, self.retrieval):
             flat.update(dataclasses.asdict(group))
+        flat["retro_exclude_corpora"] = list(flat["retro_exclude_corpora"]) or None
         return {name: flat[name] for name in DEFAULTS if flat[name] is not None}
 
 

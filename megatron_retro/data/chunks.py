@@ -28,9 +28,10 @@ class Corpus:
     start: np.ndarray  # [num_documents] int64: position of each document's first token in `tokens`
     length: np.ndarray  # [num_documents] int64: its number of tokens
     weight: float  # of the corpus in training's mixture; 0: by its size
+    retrieved: bool = True  # whether its chunks may be neighbors
 
     @classmethod
-    def open(cls, name: str, prefix: str, weight: float = 0.0) -> "Corpus":
+    def open(cls, name: str, prefix: str, weight: float = 0.0, retrieved: bool = True) -> "Corpus":
         """Open Megatron's `<prefix>.bin` and `<prefix>.idx`.
 
         Raises:
@@ -55,10 +56,22 @@ class Corpus:
         first, last = index.document_indices[:-1].astype(np.int64), index.document_indices[1:].astype(np.int64)
         size = pathlib.Path(prefix + ".bin").stat().st_size
         tokens = np.memmap(prefix + ".bin", dtype=dtype, mode="r") if size >= dtype.itemsize else np.zeros(0, dtype)
-        corpus = cls(name, tokens, pointers[first], ends[last] - ends[first], weight)
+        corpus = cls(name, tokens, pointers[first], ends[last] - ends[first], weight, retrieved)
         if len(lengths) and int((pointers[:-1] + lengths).max()) > len(tokens):
             raise UserError(f"corpus {name!r}: {prefix}.idx names tokens behind the {len(tokens)} of {prefix}.bin")
         return corpus
+
+
+def open_corpora(work: WorkDir, excluded: list[str]) -> list[Corpus]:
+    """The corpora of a work dir; those named in `excluded` are not retrieved.
+
+    Raises:
+        UserError: a file is missing or broken.
+    """
+    return [
+        Corpus.open(entry["name"], str(work.path / entry["prefix"]), entry["weight"], entry["name"] not in excluded)
+        for entry in work.facts("corpus")["corpora"]
+    ]
 
 
 class ChunkTable:
@@ -89,11 +102,8 @@ class ChunkTable:
         Raises:
             UserError: a corpus is missing or does not fit its `chunks/<name>.npy`.
         """
-        corpora = [
-            Corpus.open(entry["name"], str(work.path / entry["prefix"]), entry["weight"])
-            for entry in work.facts("corpus")["corpora"]
-        ]
         facts = work.facts("chunks")
+        corpora = open_corpora(work, facts.get("excluded_corpora", []))
         removed = np.load(work.path / facts["removed"], allow_pickle=False) if facts.get("removed") else None
         table = cls(corpora, facts["chunk_length"], removed)
         for number, corpus in enumerate(corpora):
@@ -167,6 +177,12 @@ class ChunkTable:
             here = valid & (of_corpus == number)[:, None]
             tokens[here] = self.corpora[number].tokens[position[here]]
         return tokens, length
+
+    def database_documents(self, split_weights: tuple[float, ...]) -> np.ndarray:
+        """Ascending ids of the documents whose chunks may be neighbors: those of the train split of such corpora."""
+        documents = self.documents_in("train", split_weights)
+        retrieved = np.array([corpus.retrieved for corpus in self.corpora])
+        return documents[retrieved[np.searchsorted(self.corpus_documents, documents, side="right") - 1]]
 
     def documents_in(self, split: str, weights: tuple[float, ...]) -> np.ndarray:
         """Ids of the documents in a split, ascending (int64); removed ones are in none.

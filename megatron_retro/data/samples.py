@@ -147,7 +147,7 @@ class Samples:
         self._dropout, self._random = retrieval_dropout, random_neighbor_prob
         self._max_run = max_overlap * table.chunk_length
         self.chunks_a_sample = chunks_a_sample
-        self._database = Stream(table, table.documents_in("train", split_weights))
+        self._database = Stream(table, table.database_documents(split_weights))
         self._corpora, weights = [], []
         for number, documents in enumerate(_by_corpus(table, table.documents_in(split, split_weights))):
             name = table.corpora[number].name

@@ -96,7 +96,7 @@ def open_model(config: GenerateConfig) -> OpenModel:
             num_neighbors=num_neighbors,
             fetched=work.facts("neighbors")["num_neighbors"],
             retrieval=reading.retrieval,
-            database=table.documents_in("train", split_weights(work)),
+            database=table.database_documents(split_weights(work)),
             seed=config.sampling.seed,
         )
     return OpenModel(trained, table, tokenizer, make_writer(trained, table, tokenizer, reader, num_neighbors))

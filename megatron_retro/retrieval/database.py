@@ -1,4 +1,4 @@
-"""The database: the chunks that may be neighbors, which are those of the train split's documents."""
+"""The database: the chunks that may be neighbors, those of the train split's documents in corpora not excluded."""
 
 import numpy as np
 
@@ -30,11 +30,16 @@ class Database:
         Raises:
             UserError: there is no document in the train split.
         """
-        database = cls(table, table.documents_in("train", split))
+        database = cls(table, table.database_documents(split))
         if not len(database):
             removed = f" ({table.removed.sum()} are removed)" if table.removed.any() else ""
             raise UserError(
                 f"--split {','.join(map(str, split))} leaves no document of {table.num_documents} for train{removed}"
+                + (
+                    " in a corpus that --retro-exclude-corpora spares"
+                    if not all(c.retrieved for c in table.corpora)
+                    else ""
+                )
             )
         return database
 

@@ -41,14 +41,18 @@ def build_chunks(work: WorkDir, config: PreprocessConfig) -> None:
 
 
 def _commit_chunks(work: WorkDir, config: PreprocessConfig) -> None:
-    from megatron_retro.data.chunks import ChunkTable, Corpus
+    from megatron_retro.data.chunks import ChunkTable, open_corpora
     from megatron_retro.retrieval.database import Database
     from megatron_retro.workdir import load_npy, save_npy
 
     settle(config, work, "db-build")
     length, weights = work.settings["retro_chunk_length"], split_weights(work.settings["split"])
-    entries = work.facts("corpus")["corpora"]
-    opened = [Corpus.open(entry["name"], str(work.path / entry["prefix"]), entry["weight"]) for entry in entries]
+    excluded = list(work.settings.get("retro_exclude_corpora", ()))
+    opened = open_corpora(work, excluded)
+    for name in excluded:
+        if name not in {corpus.name for corpus in opened}:
+            known = ", ".join(corpus.name for corpus in opened)
+            raise UserError(f"--retro-exclude-corpora: the work dir has no corpus {name!r}; it has {known}")
     removed = work.settings.get("removed")  # a file of document ids
     table = ChunkTable(opened, length, load_npy(work.path / removed) if removed else None)
     corpora, files = [], [work.path / removed] if removed else []
@@ -62,6 +66,7 @@ def _commit_chunks(work: WorkDir, config: PreprocessConfig) -> None:
     counts["removed_documents"] = int(table.removed.sum())
     counts["database_chunks"] = len(Database.open(table, weights))
     facts = {"chunk_length": length, "split": list(weights), "corpora": corpora, "removed": removed, **counts}
+    facts["excluded_corpora"] = excluded
     work.commit("chunks", facts, files)
 
 
