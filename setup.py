@@ -1,6 +1,6 @@
 """What the project is and needs. Ranges; the versions that the tests run with are in requirements.txt.
 
-pip install '.[cpu]'    or '.[gpu]', with ',te,hf,dev' as wanted
+pip install '.[cpu]'    or '.[gpu]', with ',te,hf,serve,dev' as wanted
 """
 
 import pathlib
@@ -20,10 +20,12 @@ EXTRAS = {
     "te": ["transformer-engine[pytorch]>=2.9"],
     "hf": ["tokenizers>=0.21", "transformers>=5.0"],
     "lm-eval": ["lm-eval>=0.4.9"],
+    "serve": ["fastapi>=0.115", "uvicorn>=0.34"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.6",
         "playwright>=1.50",
+        "openai>=1.60",
         "ruff>=0.17",
         "mypy>=1.15",
         "types-PyYAML",
@@ -56,6 +58,7 @@ setup(
     package_data={
         "megatron_retro.evaluation": ["report.html", "report.css"],
         "megatron_retro.inspection": ["page.html", "page.css", "page.js"],
+        "megatron_retro.serving": ["page.html", "page.css", "page.js"],
     },
     install_requires=[
         "torch>=2.10",

@@ -1,0 +1,206 @@
+"""`POST /v1/completions`: from a request to the engine's job, and from its pieces to OpenAI's answers."""
+
+import asyncio
+import contextlib
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from megatron_retro.config.serving import LimitsGroup
+from megatron_retro.inference.writer import Choice, Text
+from megatron_retro.serving.answers import Answer, Piece
+from megatron_retro.serving.engine import Engine, Job
+from megatron_retro.serving.guard import Receive, Scope, Send, encoded
+from megatron_retro.serving.opening import Opened
+from megatron_retro.serving.requests import CompletionRequest, Refusal, invalid, read
+
+_DEFAULTS = {"max_tokens": 16, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "n": 1}  # OpenAI's
+_LATE = "the deadline passed before anything was written; ask for less, or later"
+
+
+class Completions:
+    """Answers completions.
+
+    Args:
+        engine: runs the model.
+        opened: the model and what it reads.
+        limits: of requests.
+        retrieval: for requests that do not say.
+        model_name: in requests and answers.
+        place: is entered while a request waits or runs; refuses where there are too many.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        opened: Opened,
+        limits: LimitsGroup,
+        retrieval: str,
+        model_name: str,
+        place: Callable[[], contextlib.AbstractContextManager[None]],
+    ):
+        self._engine, self._opened, self._limits = engine, opened, limits
+        self._retrieval, self._model_name, self._place = retrieval, model_name, place
+
+    async def answer(self, request: Request) -> Response:
+        deadline = time.monotonic() + self._limits.deadline_seconds
+        asked = read(await request.body(), CompletionRequest)
+        asked.check()
+        if asked.model not in (None, self._model_name):
+            raise Refusal(404, f"there is no such model; this is {self._model_name}", "model_not_found", param="model")
+        return _Completion(self, request, asked, deadline)
+
+    async def job(self, asked: CompletionRequest, deadline: float, deliver: Callable[[Piece | None], None]) -> Job:
+        """What the engine is to do.
+
+        Raises:
+            Refusal: it is more than may be asked.
+        """
+        settings = {name: _or(getattr(asked, name), value) for name, value in _DEFAULTS.items()}
+        limits, prompts = self._limits, asked.prompts
+        if settings["max_tokens"] > limits.max_new_tokens:
+            raise invalid("max_tokens", f"max_tokens is {settings['max_tokens']}; at most {limits.max_new_tokens}")
+        if len(prompts) * settings["n"] > limits.max_batch_size:
+            raise invalid("n", f"that is {len(prompts) * settings['n']} texts; at most {limits.max_batch_size}")
+        reader = self._reader(asked.retrieval)
+        encoded = await asyncio.to_thread(self._opened.tokenizer.encode, prompts)
+        longest = max(map(len, encoded))
+        if longest > limits.max_prompt_tokens:
+            raise invalid("prompt", f"a prompt has {longest} tokens; at most {limits.max_prompt_tokens}")
+        if not all(encoded):
+            raise invalid("prompt", "a prompt has no tokens; give at least a word to go on from")
+        seed = secrets.randbits(63) if asked.seed is None else asked.seed % 2**64
+        choice = Choice(settings["temperature"], settings["top_k"], settings["top_p"], seed)
+        answers = []
+        for index in range(len(prompts) * settings["n"]):
+            tokens = list(encoded[index // settings["n"]])
+            text = Text(index, tokens, choice, index, settings["max_tokens"], reader)
+            answers.append(Answer(index, text, self._opened.tokenizer, self._opened.library, asked.stops))
+        return Job(answers, sum(map(len, encoded)), deadline, deliver)
+
+    def _reader(self, asked: str | None) -> Any:
+        if not self._opened.readers:
+            if asked not in (None, "off"):
+                raise invalid("retrieval", "this model reads nothing; leave retrieval out")
+            return None
+        return self._opened.readers.get(asked or self._retrieval)
+
+
+class _Completion(Response):
+    """One answer, on its way: what the request holds is given back when it ends, in whatever way."""
+
+    def __init__(self, service: Completions, request: Request, asked: CompletionRequest, deadline: float):
+        super().__init__()
+        self._service, self._request, self._asked, self._deadline = service, request, asked, deadline
+        self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | Refusal | None]()
+
+        def deliver(piece: Piece | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            pieces.put_nowait(Refusal(499, "the client has left", "gone"))
+
+        with self._service._place():
+            job = await self._service.job(self._asked, self._deadline, deliver)
+            watching = asyncio.create_task(watch())
+            self._service._engine.submit(job)
+            try:
+                await self._send(job, pieces, send)
+            finally:
+                job.cancel()
+                watching.cancel()
+
+    async def _send(self, job: Job, queue: "asyncio.Queue[Piece | Refusal | None]", send: Send) -> None:
+        pieces = self._pieces(job, queue)
+        first = await anext(pieces)  # so that what goes wrong before has a status of its own
+        if not self._asked.stream:
+            await self._send_whole(job, [first] + [piece async for piece in pieces], send)
+            return
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._event(send, self._chunk(first))
+        try:
+            async for piece in pieces:
+                await self._event(send, self._chunk(piece))
+            if self._asked.wants_usage:
+                await self._event(send, {**self._head(), "choices": [], "usage": _usage(job)})
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+        except Refusal as refusal:
+            if refusal.status != 499:
+                await self._event(send, refusal.as_json())
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _pieces(self, job: Job, queue: "asyncio.Queue[Piece | Refusal | None]") -> AsyncIterator[Piece]:
+        """All pieces of all texts, as they come.
+
+        Raises:
+            Refusal: there will be no more.
+        """
+        unfinished = len(job.answers)
+        wait: float | None = max(0.0, job.deadline - time.monotonic())
+        while unfinished:
+            try:
+                piece = await asyncio.wait_for(queue.get(), wait)
+            except asyncio.TimeoutError:
+                raise Refusal(504, _LATE, "deadline") from None
+            if piece is None:
+                raise Refusal(500, "the model has failed", "server_error")
+            if isinstance(piece, Refusal):
+                raise piece
+            if piece.text or piece.finish:
+                wait = None  # the engine ends it in time
+            unfinished -= piece.finish is not None
+            yield piece
+
+    async def _send_whole(self, job: Job, pieces: list[Piece], send: Send) -> None:
+        choices = [_choice(Piece(answer.index)) for answer in job.answers]
+        for piece in pieces:
+            choice = choices[piece.index]
+            choice["text"] += piece.text
+            choice["neighbors"] += piece.reads
+            choice["finish_reason"] = piece.finish or choice["finish_reason"]
+        body = encoded({**self._head(), "choices": choices, "usage": _usage(job)})
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _event(self, send: Send, content: dict[str, Any]) -> None:
+        await send({"type": "http.response.body", "body": b"data: " + encoded(content) + b"\n\n", "more_body": True})
+
+    def _chunk(self, piece: Piece) -> dict[str, Any]:
+        return {**self._head(), "choices": [_choice(piece)]}
+
+    def _head(self) -> dict[str, Any]:
+        name = self._service._model_name
+        return {"id": self._id, "object": "text_completion", "created": self._created, "model": name}
+
+
+def _choice(piece: Piece) -> dict[str, Any]:
+    return {
+        "index": piece.index,
+        "text": piece.text,
+        "logprobs": None,
+        "finish_reason": piece.finish,
+        "neighbors": list(piece.reads),
+    }
+
+
+def _usage(job: Job) -> dict[str, int]:
+    read = job.num_prompt_tokens
+    written = sum(answer.num_tokens for answer in job.answers)
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value

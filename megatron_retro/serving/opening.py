@@ -1,0 +1,61 @@
+"""Everything that takes a while before the first request can be answered."""
+
+import dataclasses
+
+from megatron_retro.config.serving import ServeConfig
+from megatron_retro.data.tokenizer import Tokenizer
+from megatron_retro.inference.generate import make_writer, open_trained
+from megatron_retro.inference.reader import Reader
+from megatron_retro.inference.writer import Writer
+from megatron_retro.retrieval.journal import Journal
+from megatron_retro.retrieval.live import LiveRetriever
+from megatron_retro.retrieval.live_database import LiveDatabase
+from megatron_retro.training.data import split_weights
+
+
+@dataclasses.dataclass
+class Opened:
+    """A model that can write, and what it reads.
+
+    Attributes:
+        library: None for a GPT.
+        readers: "on" and "random"; none for a GPT.
+    """
+
+    tokenizer: Tokenizer
+    writer: Writer
+    library: LiveDatabase | None
+    readers: dict[str, Reader]
+
+    @property
+    def reading_seconds(self) -> float:
+        return sum(reader.seconds for reader in self.readers.values())
+
+
+def open_all(config: ServeConfig, journal: Journal | None) -> Opened:
+    """Load the model, and the database with the journal's changes.
+
+    Raises:
+        UserError: flags, checkpoint, work dir and journal do not fit together.
+    """
+    served = config.served
+    assert served.load and served.retro_work_dir
+    work, trained, table, tokenizer = open_trained(served.load, served.retro_work_dir, config.parallel)
+    if not trained.retro:
+        return Opened(tokenizer, make_writer(trained, table, tokenizer, None, 0), None, {})
+    library = LiveDatabase(LiveRetriever(work), journal)
+    num_neighbors = served.retro_num_neighbors or trained.retro.retro_num_neighbors
+    readers = {
+        mode: Reader(
+            table,
+            library,
+            num_neighbors=num_neighbors,
+            fetched=work.facts("neighbors")["num_neighbors"],
+            retrieval=mode,
+            database=table.database_documents(split_weights(work)),
+            seed=0,
+        )
+        for mode in ("on", "random")
+    }
+    writer = make_writer(trained, table, tokenizer, readers["on"], num_neighbors)
+    return Opened(tokenizer, writer, library, readers)
