@@ -1,4 +1,4 @@
-"""What retrieval is worth to a checkpoint: losses on, off and random over the same tokens, leakage, answers to questions.
+"""What retrieval is worth to a checkpoint: losses over the same tokens, leakage, answers to questions.
 
 python tools/evaluate_retro.py --load DIR --retro-work-dir DIR --split valid --output eval.json --report eval.html
 """

@@ -86,6 +86,6 @@ def live_reader(work: WorkDir, table: ChunkTable, num_neighbors: int, retrieval:
         num_neighbors=num_neighbors,
         fetched=work.facts("neighbors")["num_neighbors"],
         retrieval=retrieval,
-        database=table.documents_in("train", split_weights(work)),
+        database=table.database_documents(split_weights(work)),
         seed=0,
     )

@@ -81,7 +81,7 @@ def _slot_bytes(samples: Samples, decode: Decode, numbers: np.ndarray) -> np.nda
         ends = np.searchsorted(slot, np.arange(num_slots), side="right")
         texts = decode([tokens[:end] for end in ends])
         # A character that a slot's end cuts counts where it is completed.
-        whole = [text.rstrip("\ufffd") for text in texts[:-1]] + texts[-1:]
+        whole = [text.rstrip("\ufffd") if end < len(tokens) else text for text, end in zip(texts, ends, strict=True)]
         sizes[row, 1:] = [len(text.encode("utf-8", errors="replace")) for text in whole]
     return np.diff(sizes, axis=1)
 
