@@ -82,8 +82,11 @@ class Guard:
                 await _refuse(told, refusal)
         except _Gone:
             status = 499
-        except asyncio.TimeoutError:  # an answer that was not taken
-            status = 408
+        except asyncio.TimeoutError:
+            if status:  # the answer was not taken
+                status = 408
+            else:
+                await _refuse(told, Refusal(504, "the deadline passed; what was asked may still be done", "deadline"))
         except Exception:
             traceback.print_exc(file=sys.stderr)
             if not status:
