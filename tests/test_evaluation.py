@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import build
 from evaluation_worker import LAYOUTS
 from launch import ROOT, run
 from model_helpers import C, K, L, R, V, initialize, make_model
@@ -38,6 +39,7 @@ from megatron_retro.evaluation.report import render
 from megatron_retro.evaluation.scoring import Row, Scorer, windows
 from megatron_retro.inference.writer import Choice, Writer
 from megatron_retro.model.model import RetroModel
+from megatron_retro.retrieval.neighbors import NeighborTable
 from megatron_retro.training.evaluation import sample_losses
 from megatron_retro.training.loop import train
 from megatron_retro.workdir import WorkDir
@@ -498,6 +500,39 @@ def test_what_does_not_fit_is_one_line(
     with pytest.raises(UserError, match=message.format()) as caught:
         evaluate(config_of(models, small_work, *given))
     assert "\n" not in str(caught.value)
+
+
+def test_a_gpt_of_another_tokenizer_or_shorter_is_refused(
+    models: dict[str, pathlib.Path], small_work: pathlib.Path, tmp_path: pathlib.Path, alone: None
+) -> None:
+    gpt = shutil.copytree(models["gpt"], tmp_path / "gpt")
+    (file,) = gpt.glob("iter_*/run.json")
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps({**state, "tokenizer_digest": "other"}))
+    with pytest.raises(UserError, match=r"--gpt .* was trained with the tokenizer other, --retro-work-dir .* has "):
+        evaluate(config_of(models, small_work, "--gpt", gpt))
+    leave_world()
+    file.write_text(json.dumps({**state, "config": {**state["config"], "position_embedding_type": "learned_absolute"}}))
+    with pytest.raises(UserError, match=r"--seq-length 320 is more than the 256 positions that --gpt .* has learned"):
+        evaluate(config_of(models, small_work, "--gpt", gpt, "--seq-length", 320))
+
+
+@pytest.mark.parametrize("kind", ["bm25", "hybrid"])
+def test_another_database_may_be_searched_by_words(
+    small_work: pathlib.Path, small_input: pathlib.Path, tmp_path: pathlib.Path, kind: str
+) -> None:
+    """The text of held-out chunks finds in a copy what the copy's own task found for them."""
+    shutil.copytree(small_work, tmp_path / "work")
+    other = WorkDir(tmp_path / "work")
+    other.settings["retro_retriever"] = kind
+    del other.manifest["stages"]["neighbors"]
+    other.write()
+    shutil.rmtree(other.directory("neighbors"))
+    build(other.path, "--retro-tasks", "query-neighbors")
+    database = OtherDatabase(str(other.path), WorkDir(small_work))
+    table = ChunkTable.open(other)
+    chunks = table.chunks_of(table.documents_in("valid", (80, 10, 10)))
+    assert (database.neighbors(table, chunks) == NeighborTable(WorkDir(other.path)).ids(chunks)).all()
 
 
 @pytest.mark.parametrize(

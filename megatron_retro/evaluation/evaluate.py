@@ -12,7 +12,7 @@ from typing import Any
 from megatron_retro import distributed, mcore
 from megatron_retro.config import flags
 from megatron_retro.config.evaluation import EvaluateConfig, EvaluationConfig
-from megatron_retro.config.model import RETRIEVAL_MODES, RetroConfig
+from megatron_retro.config.model import RETRIEVAL_MODES, ModelConfig, RetroConfig
 from megatron_retro.config.training import DataConfig
 from megatron_retro.errors import UserError
 from megatron_retro.evaluation.asking import QuestionEvaluation
@@ -47,8 +47,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             distributed.together(functools.partial(check_writable, flag, pathlib.Path(file).absolute().parent))
     asked, gpt_directory, work_dir = config.questions.qa, given.gpt, given.retro_work_dir
     questions = distributed.together(lambda: read_questions(pathlib.Path(asked)) if asked else [])
-    if gpt_directory:
-        distributed.together(lambda: _check_is_gpt(gpt_directory))
 
     # ---- the model that reads, and what it reads
     trained = load_trained(given.load, parallel)
@@ -59,6 +57,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         parallel.check_retrieved_length(2 * data.table.chunk_length)
     work = WorkDir(work_dir)
     seq_length = given.seq_length or trained.model.seq_length
+    _check_positions("--load", given.load, trained.model, seq_length)
+    if gpt_directory:
+        distributed.together(lambda: _check_gpt(gpt_directory, data, work_dir, seq_length))
     text = _text(given, data, work, retro, seq_length) if given.split != "none" else None
     asking = _asking(config, questions, data, work, retro) if questions else None
 
@@ -74,7 +75,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if gpt_directory:
         del trained  # its memory, before the next one's
         gpt = load_trained(gpt_directory, dataclasses.replace(parallel))
-        check_same_tokenizer(gpt, data.tokenizer_digest, data.table.chunk_length, work_dir)
         result["gpt"] = str(gpt.path)
         _measure(text, asking, gpt, ["gpt"], given)
 
@@ -95,13 +95,30 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def _check_is_gpt(directory: str) -> None:
+def _check_gpt(directory: str, data: TrainingData, work_dir: str, seq_length: int) -> None:
     """Refuse what cannot be compared with before hours of evaluation."""
     path = checkpoint.find(directory)
     if path is None:
         raise UserError(f"--gpt {directory} holds no checkpoint (no latest_checkpointed_iteration.txt)")
-    if checkpoint.read_state(path).config.get("retro_add_retriever"):
+    state = checkpoint.read_state(path)
+    model, retro = checkpoint.model_config_of(state)
+    if retro:
         raise UserError(f"--gpt {directory} holds a RETRO, not a GPT; evaluate it by itself with --load {directory}")
+    if state.tokenizer_digest != data.tokenizer_digest:
+        raise UserError(
+            f"--gpt {directory} was trained with the tokenizer {state.tokenizer_digest}, --retro-work-dir {work_dir} "
+            f"has {data.tokenizer_digest}; only models of one tokenizer predict the same tokens"
+        )
+    _check_positions("--gpt", directory, model, seq_length)
+
+
+def _check_positions(flag: str, directory: str, model: ModelConfig, seq_length: int) -> None:
+    most = model.max_position_embeddings or model.seq_length
+    if model.position_embedding_type == "learned_absolute" and seq_length > most:
+        raise UserError(
+            f"--seq-length {seq_length} is more than the {most} positions that {flag} {directory} has learned; "
+            f"take at most {most}"
+        )
 
 
 def _retro_of(trained: Trained, given: EvaluationConfig) -> RetroConfig | None:

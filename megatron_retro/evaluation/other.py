@@ -6,6 +6,7 @@ is left out: an evaluated document is not in the other database as a document, b
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from megatron_retro.retrieval.corpora import open_tokenizer
 from megatron_retro.retrieval.embedding import EmbeddingTable, chunk_texts
 from megatron_retro.retrieval.query import OpenIndex, lexical_retriever
 from megatron_retro.workdir import STAGES, WorkDir
+
+_CHUNKS_AT_ONCE = 32_768  # queries that share one pass over the index
 
 
 class OtherDatabase:
@@ -42,9 +45,11 @@ class OtherDatabase:
         other = WorkDir(path)
         other.verify(STAGES)
         _check_alike(work, other)
-        self._work, self._index = work, OpenIndex.open(other)
-        self._embeddings, self._kind = EmbeddingTable(work), other.settings["retro_retriever"]
-        self.table: ChunkTable = self._index.table
+        index, self._kind = OpenIndex.open(other), other.settings["retro_retriever"]
+        self._tokenizer, self._embeddings = open_tokenizer(work), EmbeddingTable(work)
+        self._search = None if self._kind == "bm25" else index.search(index.database)
+        self._words: Any = None if self._kind == "dense" else lexical_retriever(self._kind, index, None)
+        self.table: ChunkTable = index.table
         self.num_neighbors: int = other.facts("neighbors")["num_neighbors"]
 
     def neighbors(self, table: ChunkTable, chunks: np.ndarray) -> np.ndarray:
@@ -57,15 +62,19 @@ class OtherDatabase:
         Returns:
             [n, num_neighbors] int64 ids in this database, best first, -1 for none.
         """
-        k = self.num_neighbors
-        words = None if self._kind == "dense" else lexical_retriever(self._kind, self._index, None)
-        texts = chunk_texts(table, chunks, open_tokenizer(self._work)) if words else []
-        if self._kind == "bm25":
-            return words.search(texts, k)[0]  # type: ignore[union-attr]
-        wanted = max(k, words.num_candidates) if words else k  # type: ignore[attr-defined]
+        found = [np.zeros((0, self.num_neighbors), np.int64)]
+        for begin in range(0, len(chunks), _CHUNKS_AT_ONCE):
+            found.append(self._neighbors(table, chunks[begin : begin + _CHUNKS_AT_ONCE]))
+        return np.concatenate(found)
+
+    def _neighbors(self, table: ChunkTable, chunks: np.ndarray) -> np.ndarray:
+        k, texts = self.num_neighbors, chunk_texts(table, chunks, self._tokenizer) if self._words else []
+        if self._search is None:
+            return self._words.search(texts, k)[0]
         nobody = np.zeros((len(chunks), 2), np.int64)
-        near, _ = self._index.search(self._index.database).search(self._embeddings.rows(chunks), nobody, wanted)
-        return words.rank(texts, near, k)[0] if words else near  # type: ignore[attr-defined]
+        wanted = max(k, self._words.num_candidates) if self._words else k
+        near, _ = self._search.search(self._embeddings.rows(chunks), nobody, wanted)
+        return self._words.rank(texts, near, k)[0] if self._words else near
 
 
 def _check_alike(work: WorkDir, other: WorkDir) -> None:

@@ -41,7 +41,7 @@ def read_questions(path: pathlib.Path) -> list[Question]:
         UserError: the file cannot be read, or a line is no question; it names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--qa {path} cannot be read ({error})") from None
     questions = []

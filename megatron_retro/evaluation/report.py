@@ -64,8 +64,8 @@ def _header(result: dict[str, Any]) -> str:
             f"With its neighbors the model's perplexity is {on['perplexity']:,.4g}, without them "
             f"{modes['off']['perplexity']:,.4g}: {change:+.1%}."
         )
-        low, high = on["versus_off_interval"] or (-1.0, 1.0)
-        if low <= 0 <= high:
+        bounds = on["versus_off_interval"]
+        if bounds and bounds[0] <= 0 <= bounds[1]:
             lead.append("The interval of the difference holds zero.")
     if modes:
         any_mode = next(iter(modes.values()))
