@@ -1,3 +1,3 @@
 """RETRO pretraining on megatron-core."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
