@@ -179,7 +179,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _with_interval(value: float | None, bounds: list[float] | None, form: str) -> str:
-    return f"{_number(value, form)}<small>{interval(bounds, form)}</small>"
+    return f"{_number(value, form)}<small>{interval(bounds, form)}</small>".replace("-", "−")
 
 
 def _number(value: float | None, form: str) -> str:
