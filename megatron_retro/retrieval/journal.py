@@ -32,7 +32,7 @@ class Journal:
             raise UserError(f"--journal is {path}; it takes a file whose name ends in .jsonl")
         self.name = self._path.stem
         try:
-            self._file = open(self._path, "a+b")  # noqa: SIM115 - open as long as this object is
+            self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115 - open as long as this object is
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--journal {path} is open in another process; give each its own") from None
@@ -68,9 +68,10 @@ class Journal:
             OSError: they could not be written.
         """
         end = os.fstat(self._file.fileno()).st_size
+        lines = "".join(json.dumps(change) + "\n" for change in changes).encode()
         try:
-            self._file.write("".join(json.dumps(change) + "\n" for change in changes).encode())
-            self._file.flush()
+            while lines:
+                lines = lines[self._file.write(lines) :]
             os.fsync(self._file.fileno())
         except OSError:
             os.ftruncate(self._file.fileno(), end)
