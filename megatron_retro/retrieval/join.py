@@ -73,9 +73,10 @@ class ListJoin:
         rows = by_list // max(1, probes.shape[1])
         bounds = dict(zip(lists.tolist(), itertools.pairwise([*begins.tolist(), len(rows)]), strict=True))
         for number, chunks, vectors in self._lists(shard, lists[lists >= 0]):
+            first, end = bounds[number]
             at_once = max(1, _SCORES // len(chunks))
-            for begin in range(*bounds[number], at_once):
-                best.offer(rows[begin : min(begin + at_once, bounds[number][1])], chunks, vectors)
+            for begin in range(first, end, at_once):
+                best.offer(rows[begin : min(begin + at_once, end)], chunks, vectors)
         best.merge()
 
     def _lists(self, shard: Any, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
