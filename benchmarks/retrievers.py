@@ -122,11 +122,11 @@ def copyable(path: pathlib.Path) -> tuple[float, float]:
     trigrams = single = total = 0
     for row in range(len(chunks)):
         seen: set[tuple[int, ...]] = set()
-        for tokens, count in zip(
-            near[2 * row : 2 * row + 2].tolist(), near_lengths[2 * row : 2 * row + 2], strict=True
-        ):
-            seen.update(zip(tokens[: count - 2], tokens[1 : count - 1], tokens[2:count], strict=True))
-            seen.update((token,) for token in tokens[:count])
+        pair = slice(2 * row, 2 * row + 2)
+        for padded, count in zip(near[pair].tolist(), near_lengths[pair], strict=True):
+            tokens = padded[:count]
+            seen.update(zip(tokens, tokens[1:], tokens[2:], strict=False))
+            seen.update((token,) for token in tokens)
         tokens = text[row].tolist()
         for place in range(length, int(text_lengths[row])):
             trigrams += tuple(tokens[place - 2 : place + 1]) in seen
