@@ -25,7 +25,9 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 
 from world import ATTRIBUTES, Fact, changed, facts, people  # noqa: E402
 
-CHUNK = 32  # tokens; a question fills one chunk, its answer begins the next
+from megatron_retro.data.tokenizer import Tokenizer  # noqa: E402
+
+CHUNK = 16  # tokens; a question fills one chunk, its answer begins the next
 FILLER = " ."  # one token, as often as it takes to fill a question's chunk
 ANSWER_TOKENS = 8
 PREPROCESS, PRETRAIN = ROOT / "tools" / "preprocess_retro_data.py", ROOT / "pretrain_retro.py"
@@ -94,19 +96,31 @@ def answer(fact: Fact) -> str:
     return f" {fact.value} ."
 
 
-def train_tokenizer(directory: pathlib.Path, *worlds: list[Fact]):  # type: ignore[no-untyped-def]
-    """On the sentences of all worlds, in which every name and value stands; who has what is not in a tokenizer."""
-    from megatron_retro.retrieval.corpora import open_tokenizer
-    from megatron_retro.workdir import WorkDir
+def train_tokenizer(directory: pathlib.Path, *worlds: list[Fact]) -> Tokenizer:
+    """A word a token. All names and values are in it; who has what is not."""
+    import sentencepiece
 
-    texts = [f"{FILLER * 8} {fact.asked()}{answer(fact)} {fact.stated()}" for world in worlds for fact in world]
-    write(directory / "text.jsonl", texts)
-    flags = ["--vocab-size", 1000, "--retro-tasks", "tokenize"]
-    call(PREPROCESS, "--input", directory / "text.jsonl", "--retro-work-dir", directory / "tokenizer", *flags)
-    return open_tokenizer(WorkDir(directory / "tokenizer"))
+    path = directory / "words.model"
+    texts = [f"{FILLER} {fact.asked()}{answer(fact)} {fact.stated()}" for world in worlds for fact in world]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(path.with_suffix("")),
+        model_type="word",
+        vocab_size=1000,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        bos_id=-1,
+        eos_id=1,
+        eos_piece="<eod>",
+        pad_id=2,
+        pad_piece="<pad>",
+        minloglevel=2,
+    )
+    return Tokenizer.open(path)
 
 
-def filled(question: str, tokenizer) -> str:  # type: ignore[no-untyped-def]
+def filled(question: str, tokenizer: Tokenizer) -> str:
     """The question behind so many fillers that it ends with its chunk."""
     for count in range(CHUNK):
         text = FILLER * (CHUNK - count) + " " + question
@@ -132,8 +146,7 @@ def call(program: pathlib.Path, *arguments: object, ranks: int = 1, log: pathlib
 
 
 def build(directory: pathlib.Path, name: str, *inputs: object) -> None:
-    model = next((directory / "tokenizer" / "tokenizer").glob("*.model"))
-    flags = ["--tokenizer-model", model, "--retro-chunk-length", CHUNK, "--split", "95,5,0"]
+    flags = ["--tokenizer-model", directory / "words.model", "--retro-chunk-length", CHUNK, "--split", "99,1,0"]
     flags += ["--retro-exclude-corpora", "questions"]
     call(PREPROCESS, "--retro-work-dir", directory / name, *inputs, *flags, ranks=2)
 
@@ -186,7 +199,7 @@ def equal_ffn(directory: pathlib.Path) -> int:
     model.finish()
     retro = RetroConfig(retro_add_retriever=True, retro_layers="2,4")
     retro.finish(model)
-    vocabulary = 640  # of the encoder's own embedding, padded
+    vocabulary = 384  # of the encoder's own embedding, padded
     attention, mlp = 4 * WIDTH * WIDTH, 2 * WIDTH * (model.ffn_hidden_size or 0)
     extra = (
         len(retro.layers) * attention + retro.retro_encoder_layers * (attention + mlp) + attention + vocabulary * WIDTH

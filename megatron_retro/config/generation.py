@@ -97,7 +97,7 @@ class GenerateConfig:
 def _read_prompts(path: pathlib.Path) -> dict[str, str]:
     """Where each prompt stands -> the prompt."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt-file {path} cannot be read ({error})") from None
     prompts = {f"--prompt-file {path}:{number}": line for number, line in enumerate(lines, 1) if line.strip()}
