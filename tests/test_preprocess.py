@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import faiss
 import numpy as np
 import pytest
 from conftest import SMALL, build, stdlib_texts, write_jsonl
@@ -15,7 +16,10 @@ from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.data.tokenize import merge_parts, token_dtype
 from megatron_retro.errors import UserError
 from megatron_retro.retrieval import corpora, embedding
+from megatron_retro.retrieval.index import Shards, write_index
+from megatron_retro.retrieval.index_search import IndexSearch
 from megatron_retro.retrieval.neighbors import NeighborTable
+from megatron_retro.retrieval.query import OpenIndex
 from megatron_retro.workdir import WorkDir
 
 TOOL = pathlib.Path(__file__).parent.parent / "tools" / "preprocess_retro_data.py"
@@ -358,6 +362,13 @@ def test_an_unwritable_work_dir_is_one_line(small_input):
         build(pathlib.Path("/proc/nowhere"), "--input", str(small_input), *SMALL)
 
 
+def empty_shard_first(index, directory):
+    """The index's shards behind one whose blocks hold no chunk of the database."""
+    (path,) = index.shards().paths
+    write_index(directory / "empty.faiss", faiss.IndexIDMap2(faiss.IndexFlatL2(384)))
+    return Shards([directory / "empty.faiss", path], 384, keep_open=True)
+
+
 def test_an_excluded_corpus_is_trained_on_and_never_retrieved(tmp_path):
     texts = stdlib_texts(24)
     inputs = [
@@ -373,6 +384,11 @@ def test_an_excluded_corpus_is_trained_on_and_never_retrieved(tmp_path):
     assert (ids >= 0).all() and ids.max() < table.corpus_chunks[1]
     assert work.facts("chunks")["database_chunks"] == len(table.chunks_of(table.database_documents((90, 10, 0))))
     assert (table.documents_in("train", (90, 10, 0)) >= 12).any()
+    live = OpenIndex.open(work)
+    chunks = live.database.chunks(0, 6)
+    found = IndexSearch(empty_shard_first(live, tmp_path), live.embeddings, live.database, 1)
+    own = np.zeros((len(chunks), 2), np.int64)
+    assert found.search(live.embeddings.rows(chunks), own, 2)[0][:, 0].tolist() == chunks.tolist()
     with pytest.raises(UserError, match="--retro-exclude-corpora is"):
         build(tmp_path / "work", "--retro-exclude-corpora", "a")
     with pytest.raises(UserError, match=r"leaves no document .* that --retro-exclude-corpora spares"):

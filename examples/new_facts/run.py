@@ -172,7 +172,8 @@ def remove(directory: pathlib.Path, name: str, source: str, count: int) -> None:
 def train(directory: pathlib.Path, name: str, iterations: int, flags: list[str]) -> None:
     where = ["--retro-work-dir", directory / "work", "--save", directory / name, "--data-path", "questions"]
     shape = [*MODEL, *flags, *TRAIN, "--train-iters", iterations]
-    call(PRETRAIN, *where, *shape, log=directory / f"{name}.log")
+    if not (directory / name / "latest_checkpointed_iteration.txt").exists():  # a second run skips what is there
+        call(PRETRAIN, *where, *shape, log=directory / f"{name}.log")
 
 
 def ask(directory: pathlib.Path, model: str, work: str, prompts: pathlib.Path, expected: list[Fact]) -> float:

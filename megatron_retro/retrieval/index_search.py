@@ -85,6 +85,9 @@ def _without(shard: Any, own: np.ndarray, nprobe: int) -> Any:
 def _overfetch(shard: Any, rows: np.ndarray, own: np.ndarray, k: int) -> Any:
     """For indexes without inverted lists, of which some take no selector: fetch more, then drop the own document."""
     most_own = int((own[:, 1] - own[:, 0]).max())
-    distances, ids = shard.search(rows, min(shard.ntotal, k + min(most_own, 256)))
+    count = min(shard.ntotal, k + min(most_own, 256))
+    if not count:  # of blocks whose documents are not in the database
+        return np.zeros((len(rows), 0), np.float32), np.zeros((len(rows), 0), np.int64)
+    distances, ids = shard.search(rows, count)
     is_own = (own[:, :1] <= ids) & (ids < own[:, 1:])
     return np.where(is_own, np.inf, distances), np.where(is_own, -1, ids)
