@@ -14,8 +14,9 @@ from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.errors import UserError
 from megatron_retro.retrieval import changes
 from megatron_retro.retrieval.blocks import plan
+from megatron_retro.retrieval.corpora import open_tokenizer
 from megatron_retro.retrieval.database import Database
-from megatron_retro.retrieval.embedding import EmbeddingTable
+from megatron_retro.retrieval.embedding import Embedder, EmbeddingTable, chunk_texts
 from megatron_retro.retrieval.neighbors import NeighborTable
 from megatron_retro.retrieval.ranking import check_neighbors
 from megatron_retro.workdir import NEXT, WorkDir, save_npy
@@ -253,3 +254,49 @@ def test_refused_changes_write_nothing(work, texts, tmp_path):
         build(work, "--retro-tasks", "remove-documents", "--document-ids", str(ids))
     with pytest.raises(UserError, match="the stage 'neighbors' is not finished"):
         build(tmp_path / "new", "--retro-tasks", "compact")
+
+
+def test_a_dropped_change_leaves_nothing_behind(work, texts, tmp_path, monkeypatch):
+    """Its files are as complete as the next change's would be, and wrong."""
+    more = tmp_path / "more.jsonl"
+
+    def interrupted(*flags):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(changes, "_publish", stop)
+            build(work, *map(str, flags))
+        (work / NEXT).unlink()
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    ids = tmp_path / "ids.txt"
+    ids.write_text("first:3\n")
+    interrupted("--retro-tasks", "remove-documents", "--document-ids", ids)
+    write_jsonl(more, [texts[30]])
+    interrupted("--retro-tasks", "add-documents", "--input", more)
+    words = " ".join(f"word{number}" for number in range(40))
+    write_jsonl(more, [words + texts[30][len(words) :]])
+    build(work, "--retro-tasks", "add-documents", "--input", str(more))
+    remove(work, [5, 7])
+    after = WorkDir(work)
+    table, (found, _) = ChunkTable.open(after), saved(after)
+    assert not np.isin(table.document(found[found >= 0]), [5, 7]).any()
+    assert (found[table.first_chunk[5] : table.first_chunk[6]] == -1).all()
+    assert np.isin(3, table.document(found[found >= 0])), "its removal was dropped"
+    fresh = scratch_build_embeddings(after, table.first_chunk[30])
+    assert np.abs(EmbeddingTable(after).rows(table.first_chunk[30:31])[0].astype(np.float32) - fresh).max() < 0.02
+
+
+def scratch_build_embeddings(work, chunk):
+    embedder = Embedder(work.facts("embeddings")["embedder"], "float32", 1)
+    texts = chunk_texts(ChunkTable.open(work), np.array([chunk]), open_tokenizer(work))
+    return embedder.embed(embedder.encode(texts))[0].astype(np.float32)
+
+
+def test_a_refused_change_does_not_stand_in_the_way(work, texts, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"body": "x"}) + "\n")
+    with pytest.raises(UserError):
+        build(work, "--retro-tasks", "add-documents", "--input", str(tmp_path / "bad.jsonl"))
+    assert not (work / NEXT).exists()
+    build(work, "--retro-tasks", "add-documents", "--input", str(write_jsonl(tmp_path / "good.jsonl", texts[30:32])))
+    assert WorkDir(work).facts("chunks")["documents"] == 32

@@ -243,7 +243,7 @@ def test_recall_counts_equally_near_neighbors_and_only_those():
 
 
 def test_auto_index_by_size_and_memory():
-    assert choose_factory("auto", 50_000, 384, 1e-9) == "Flat"
+    assert choose_factory("auto", 50_000, 384, 1) == "Flat"
     assert choose_factory("auto", 640_000, 384, 1) == "IVF3200,RaBitQ"
     assert choose_factory("auto", 5_000_000, 384, 1) == "IVF8944_HNSW32,RaBitQ"
     assert choose_factory("auto", 50_000_000, 384, 10) == "IVF28284_HNSW32,RaBitQ"

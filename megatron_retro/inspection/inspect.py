@@ -3,6 +3,7 @@
 import pathlib
 
 from megatron_retro.config.inspection import InspectConfig
+from megatron_retro.errors import UserError
 from megatron_retro.retrieval.progress import say
 from megatron_retro.workdir import STAGES, WorkDir, check_writable
 
@@ -15,6 +16,10 @@ def inspect(config: InspectConfig) -> None:
     """
     config.finish()
     work = WorkDir(config.page.retro_work_dir or "")
+    if not (work.path / "manifest.json").exists():
+        raise UserError(
+            f"--retro-work-dir {work.path} holds no manifest.json; tools/preprocess_retro_data.py builds one"
+        )
     for stage in STAGES:
         work.facts(stage)
     if config.page.output:

@@ -38,14 +38,20 @@ def change(work: WorkDir, config: PreprocessConfig) -> None:
     task = config.tasks()[0]
     work.facts("neighbors")
     after = WorkDir(work.path, NEXT)
+    is_new = distributed.together((work.path / NEXT).exists) is False
     work.on_rank_0(lambda: _begin(task, work, after, config))
     after.reload()
     if not (work.path / NEXT).exists():
         return
-    if task == "compact":
-        _purge(work, after, config)
-    else:
-        _refresh(work, after, config)
+    try:
+        if task == "compact":
+            _purge(work, after, config)
+        else:
+            _refresh(work, after, config)
+    except UserError:
+        if is_new and distributed.rank() == 0:  # what was refused does not stand in the way of what comes next
+            (work.path / NEXT).unlink(missing_ok=True)
+        raise
     work.on_rank_0(lambda: _publish(after))
     work.reload()
     say(f"{task}: done; {work.facts('chunks')['database_chunks']:,} chunks in the database")
@@ -66,8 +72,9 @@ def _begin(task: str, work: WorkDir, after: WorkDir, config: PreprocessConfig) -
         nothing = {"add-documents": "these documents are there", "remove-documents": "these documents are removed"}
         say(f"nothing to do: {nothing.get(task, 'no removed document and no superseded file is left')}")
         return
+    _forget_dropped(work)
     settings = copy.deepcopy(work.settings)
-    generation = settings["generation"] = settings.get("generation", 0) + 1
+    generation = settings["generation"] = _next_generation(work)
     renewed = STAGES[2:] if task == "compact" else ("neighbors",)
     settings["directories"] = settings.get("directories", {}) | {stage: f"{stage}.{generation}" for stage in renewed}
     settings["change"] = described
@@ -84,6 +91,22 @@ def _begin(task: str, work: WorkDir, after: WorkDir, config: PreprocessConfig) -
     after.manifest["settings"] = settings
     after.manifest["stages"] = {stage: work.manifest["stages"][stage] for stage in kept}
     after.write()
+
+
+def _next_generation(work: WorkDir) -> int:
+    """A number that no change has used, not even one that was dropped."""
+    names = (path.name.rpartition(".")[2] for path in work.path.rglob("*.[0-9]*") if path.is_dir())
+    return max([work.settings.get("generation", 0), *(int(name) for name in names if name.isdecimal())]) + 1
+
+
+def _forget_dropped(work: WorkDir) -> None:
+    """Delete blocks and shards that a dropped change has left under names that the next one will use."""
+    dropped = {"embeddings": "*.npy", "index": "shard-*.faiss"}
+    obsolete = set(_obsolete(work))
+    for stage, pattern in dropped.items():
+        for file in work.directory(stage).rglob(pattern):
+            if file in obsolete:
+                file.unlink()
 
 
 def _describe(task: str, work: WorkDir, config: PreprocessConfig) -> Any:

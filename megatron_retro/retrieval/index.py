@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,7 +39,7 @@ def choose_factory(wanted: str, num_chunks: int, width: int, memory_gb: float) -
     """
     if wanted != "auto":
         return wanted
-    if num_chunks <= EXACT_LIMIT:
+    if num_chunks <= EXACT_LIMIT and num_chunks * (4 * width + 8) <= memory_gb * 1e9:
         return "Flat"
     num_lists = 4 * math.isqrt(num_chunks)  # training then costs a chunk the same, however many there are
     needed = (num_chunks * (width / 8 + 16) + num_lists * 4 * width) / 1e9
@@ -225,4 +226,4 @@ def _sample(index: Any, embeddings: EmbeddingTable, database: Database, seed: in
 
 def _reason(error: RuntimeError) -> str:
     """FAISS's message without its place in the source."""
-    return " ".join(str(error).split()).rsplit("Error: ", 1)[-1][:200]
+    return re.sub(r"^Error in .* at \S+:\d+: ", "", " ".join(str(error).split())).rsplit("Error: ", 1)[-1][:200]
