@@ -246,7 +246,7 @@ def test_a_work_dir_is_needed() -> None:
 
 
 def test_the_stage_that_is_not_finished_is_named(small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="nowhere holds no manifest.json"):
+    with pytest.raises(UserError, match=r"nowhere holds no manifest\.json"):
         run(tmp_path / "nowhere", "--output", str(tmp_path / "report"))
     manifest = json.loads((small_work / "manifest.json").read_text())
     del manifest["stages"]["neighbors"]
