@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_retro.config.flags import flag, from_dict, parse, to_dict
+from megatron_retro.config.flags import at_least, flag, from_dict, parse, required, to_dict
 from megatron_retro.config.preprocessing import TASKS, PreprocessConfig, split_weights
 from megatron_retro.errors import UserError
 
@@ -77,6 +77,15 @@ def test_wrong_yaml(tmp_path, yaml, message):
 def test_a_missing_config_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml: No such file"):
         parse(Both, ["--config", str(tmp_path / "none.yaml")])
+
+
+def test_values_that_are_missing_or_too_small():
+    required(First(name="a"), name="it takes a text")
+    with pytest.raises(UserError, match=r"^--name is missing; it takes a text$"):
+        required(First(), num_layers="it takes a number", name="it takes a text")
+    at_least(12, First(), "num_layers", "name")  # one that is not given is filled in later
+    with pytest.raises(UserError, match=r"^--num-layers is 12; it must be at least 13$"):
+        at_least(13, First(), "name", "num_layers")
 
 
 @pytest.mark.parametrize(

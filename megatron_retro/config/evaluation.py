@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from megatron_retro.config.flags import flag, flag_name
+from megatron_retro.config.flags import at_least, flag, required
 from megatron_retro.config.model import ParallelConfig
 from megatron_retro.errors import UserError
 
@@ -55,15 +55,13 @@ class EvaluateConfig:
             UserError: names the flag and what is missing.
         """
         given, questions = self.evaluation, self.questions
-        if not given.load:
-            raise UserError("--load is missing; it takes the --save directory of a training run")
-        if not given.retro_work_dir:
-            raise UserError("--retro-work-dir is missing; tools/preprocess_retro_data.py builds one")
-        for group in (given, questions):
-            for name in ("micro_batch_size", "seq_length", "max_samples", "retro_num_neighbors", "qa_max_new_tokens"):
-                value = getattr(group, name, None)
-                if value is not None and value < 1:
-                    raise UserError(f"{flag_name(name)} is {value}; it must be at least 1")
+        required(
+            given,
+            load="it takes the --save directory of a training run",
+            retro_work_dir="tools/preprocess_retro_data.py builds one",
+        )
+        at_least(1, given, "micro_batch_size", "seq_length", "max_samples", "retro_num_neighbors")
+        at_least(1, questions, "qa_max_new_tokens")
         if given.split == "none" and not questions.qa:
             raise UserError("--split none evaluates no text, and there is no --qa FILE; give one of the two")
         if "{question}" not in questions.qa_prompt:

@@ -75,6 +75,29 @@ def flag_name(field_name: str) -> str:
     return ("--" if len(field_name) > 1 else "-") + field_name.replace("_", "-")
 
 
+def required(group: Any, **way_out: str) -> None:
+    """Refuse flags of a group that were not given; each comes with what to give.
+
+    Raises:
+        UserError: names the flag and what it takes.
+    """
+    for name, hint in way_out.items():
+        if not getattr(group, name):
+            raise UserError(f"{flag_name(name)} is missing; {hint}")
+
+
+def at_least(least: int, group: Any, *names: str) -> None:
+    """Refuse flags of a group that are given and too small.
+
+    Raises:
+        UserError: names the flag and both values.
+    """
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and value < least:
+            raise UserError(f"{flag_name(name)} is {value}; it must be at least {least}")
+
+
 def _groups(config_class: type) -> dict[str, type]:
     return {field.name: typing.cast(type, field.type) for field in dataclasses.fields(config_class)}
 

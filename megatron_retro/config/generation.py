@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 
-from megatron_retro.config.flags import flag, flag_name
+from megatron_retro.config.flags import at_least, flag, required
 from megatron_retro.config.model import RETRIEVAL_MODES, ParallelConfig
 from megatron_retro.errors import UserError
 
@@ -58,23 +58,22 @@ class GenerateConfig:
             UserError: names the flag, its value and what would do.
         """
         given, sampling = self.generation, self.sampling
-        if not given.load:
-            raise UserError("--load is missing; it takes the --save directory of a training run")
-        if not given.retro_work_dir:
-            raise UserError("--retro-work-dir is missing; it takes the work dir whose database the model reads")
+        required(
+            given,
+            load="it takes the --save directory of a training run",
+            retro_work_dir="it takes the work dir whose database the model reads",
+        )
         if (given.prompt is None) == (given.prompt_file is None):
             raise UserError("give either --prompt or --prompt-file")
         if given.output and not self.reading.json:
             raise UserError("--output takes the JSON lines of --json, which is missing")
-        for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("top_k", 0), ("seed", 0)):
-            if getattr(sampling, name) < least:
-                raise UserError(f"{flag_name(name)} is {getattr(sampling, name)}; it must be at least {least}")
+        at_least(1, sampling, "max_new_tokens", "num_samples")
+        at_least(0, sampling, "top_k", "seed")
         if not 0 <= sampling.temperature < float("inf"):
             raise UserError(f"--temperature is {sampling.temperature}; it must be at least 0")
         if not 0 < sampling.top_p <= 1:
             raise UserError(f"--top-p is {sampling.top_p}; it lies above 0 and is at most 1")
-        if self.reading.retro_num_neighbors is not None and self.reading.retro_num_neighbors < 1:
-            raise UserError(f"--retro-num-neighbors is {self.reading.retro_num_neighbors}; it must be at least 1")
+        at_least(1, self.reading, "retro_num_neighbors")
         if self.parallel.sequence_parallel:
             raise UserError("--sequence-parallel shards long sequences in training; leave it out here")
 

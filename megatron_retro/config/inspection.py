@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from megatron_retro.config.flags import flag, flag_name
+from megatron_retro.config.flags import at_least, flag, required
 from megatron_retro.errors import UserError
 
 
@@ -38,16 +38,14 @@ class InspectConfig:
         Raises:
             UserError: names the flag and what is missing.
         """
-        if not self.page.retro_work_dir:
-            raise UserError("--retro-work-dir is missing; tools/preprocess_retro_data.py builds one")
+        required(self.page, retro_work_dir="tools/preprocess_retro_data.py builds one")
         if not self.page.output and self.query.query is None:
             raise UserError("nothing to do: --output writes a page, --query finds the nearest chunks of a text")
         if self.query.query is not None and not self.query.query.strip():
             raise UserError("--query is empty; it takes a text")
         if self.query.json and self.query.query is None:
             raise UserError("--json is the form of answers to --query, which is missing")
-        for name, value in {"max_chunks": self.page.max_chunks, "k": self.query.k}.items():
-            if value < 1:
-                raise UserError(f"{flag_name(name)} is {value}; it must be at least 1")
+        at_least(1, self.page, "max_chunks")
+        at_least(1, self.query, "k")
         if self.page.seed < 0:
             raise UserError(f"--seed is {self.page.seed}; it takes a whole number of at least 0")

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from megatron_retro.config.flags import flag, flag_name
+from megatron_retro.config.flags import at_least, flag, flag_name
 from megatron_retro.errors import UserError
 
 RETRIEVAL_MODES = ("on", "off", "random")  # of evaluation and generation
@@ -48,8 +48,7 @@ class RetroConfig:
             assert model.kv_channels
             self.retro_encoder_num_attention_heads = max(1, self.retro_encoder_hidden_size // model.kv_channels)
         encoder = ("layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-        for name in ("retro_num_neighbors", *(f"retro_encoder_{field}" for field in encoder)):
-            _at_least_one(name, getattr(self, name))
+        at_least(1, self, "retro_num_neighbors", *(f"retro_encoder_{field}" for field in encoder))
         for name in ("retro_retrieval_dropout", "retro_random_neighbor_prob", "retro_max_overlap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{flag_name(name)} is {getattr(self, name)}; it is a share, from 0 to 1")
@@ -104,21 +103,20 @@ class ModelConfig:
         Raises:
             UserError: names the flag, both values and what would fit.
         """
-        for name in ("num_layers", "hidden_size", "seq_length"):
-            _at_least_one(name, getattr(self, name))
+        at_least(1, self, "num_layers", "hidden_size", "seq_length")
         if self.num_attention_heads is None:
             self.num_attention_heads = max(1, self.hidden_size // 64)
-        _at_least_one("num_attention_heads", self.num_attention_heads)
+        at_least(1, self, "num_attention_heads")
         if self.kv_channels is None:
             _divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
             self.kv_channels = self.hidden_size // self.num_attention_heads
-        _at_least_one("kv_channels", self.kv_channels)
+        at_least(1, self, "kv_channels")
         if self.kv_channels % 2:
             raise UserError(f"--kv-channels is {self.kv_channels}; rotary positions need an even width of a head")
         if self.ffn_hidden_size is None:
             glu_width = -(-self.hidden_size * 8 // 3 // 64) * 64
             self.ffn_hidden_size = glu_width if self.swiglu else 4 * self.hidden_size
-        _at_least_one("ffn_hidden_size", self.ffn_hidden_size)
+        at_least(1, self, "ffn_hidden_size")
         if not self.group_query_attention:
             if self.num_query_groups not in (None, self.num_attention_heads):
                 raise UserError(f"--num-query-groups {self.num_query_groups} needs --group-query-attention")
@@ -158,8 +156,7 @@ class ParallelConfig:
             UserError: names the flag, both values and what would fit.
         """
         tensor, stages = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            _at_least_one(name, getattr(self, name))
+        at_least(1, self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
         if world_size % (tensor * stages):
             raise UserError(
                 f"--tensor-model-parallel-size {tensor} × --pipeline-model-parallel-size {stages} must divide the "
@@ -190,11 +187,6 @@ def default_retro_layers(num_layers: int) -> tuple[int, ...]:
     """Every third layer from 6, or from 9 above 15 layers (as Megatron-LM did); below 6 layers from the middle."""
     first = 9 if num_layers > 15 else 6 if num_layers >= 6 else max(1, num_layers // 2)
     return tuple(range(first, num_layers + 1, 3))
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{flag_name(name)} is {value}; it must be at least 1")
 
 
 def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:

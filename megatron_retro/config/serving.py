@@ -3,7 +3,7 @@
 import dataclasses
 import ipaddress
 
-from megatron_retro.config.flags import flag, flag_name
+from megatron_retro.config.flags import at_least, flag, flag_name, required
 from megatron_retro.config.model import RETRIEVAL_MODES, ParallelConfig
 from megatron_retro.errors import UserError
 
@@ -57,12 +57,12 @@ class ServeConfig:
             UserError: names the flag, its value and what would do.
         """
         served, door, parallel = self.served, self.door, self.parallel
-        if not served.load:
-            raise UserError("--load is missing; it takes the --save directory of a training run")
-        if not served.retro_work_dir:
-            raise UserError("--retro-work-dir is missing; it takes the work dir whose database the model reads")
-        if served.retro_num_neighbors is not None and served.retro_num_neighbors < 1:
-            raise UserError(f"--retro-num-neighbors is {served.retro_num_neighbors}; it must be at least 1")
+        required(
+            served,
+            load="it takes the --save directory of a training run",
+            retro_work_dir="it takes the work dir whose database the model reads",
+        )
+        at_least(1, served, "retro_num_neighbors")
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
             if getattr(parallel, name) != 1:
                 raise UserError(f"{flag_name(name)} is {getattr(parallel, name)}; the service runs on one rank, take 1")
@@ -72,12 +72,10 @@ class ServeConfig:
             raise UserError(f"--port is {door.port}; it takes 0 … 65535")
         if not (door.api_key_file or is_loopback(door.host)):
             raise UserError(f"--host {door.host} can be reached from other machines; that needs --api-key-file")
-        for field in dataclasses.fields(self.limits):
-            value, least = getattr(self.limits, field.name), 0 if field.type is float else 1
-            if not (value >= least and value < float("inf")) or value == 0:
-                raise UserError(
-                    f"{flag_name(field.name)} is {value}; it must be {'above 0' if not least else 'at least 1'}"
-                )
+        counts = (field.name for field in dataclasses.fields(self.limits) if field.type is int)
+        at_least(1, self.limits, *counts)
+        if not 0 < self.limits.deadline_seconds < float("inf"):
+            raise UserError(f"--deadline-seconds is {self.limits.deadline_seconds}; it must be above 0")
 
 
 def is_loopback(host: str) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from megatron_retro.config.flags import flag, flag_name
+from megatron_retro.config.flags import at_least, flag, flag_name, required
 from megatron_retro.config.model import ModelConfig, ParallelConfig, RetroConfig
 from megatron_retro.errors import UserError
 
@@ -72,13 +72,10 @@ class PretrainConfig:
         self.model.finish()
         self.retro.finish(self.model)
         self.parallel.finish(world_size, self.model, self.active_retro)
-        if not self.retro.retro_work_dir:
-            raise UserError("--retro-work-dir is missing; tools/preprocess_retro_data.py builds one")
+        required(self.retro, retro_work_dir="tools/preprocess_retro_data.py builds one")
         if self.run.save_interval and not self.run.save:
             raise UserError(f"--save-interval {self.run.save_interval} needs --save DIR")
-        for name in ("save_interval", "eval_interval", "exit_interval", "log_interval"):
-            if (value := getattr(self.run, name)) is not None and value < 1:
-                raise UserError(f"{flag_name(name)} is {value}; it must be at least 1")
+        at_least(1, self.run, "save_interval", "eval_interval", "exit_interval", "log_interval")
         self._finish_batch(world_size)
         self._check_ranges()
 
@@ -111,9 +108,7 @@ class PretrainConfig:
 
     def _check_ranges(self) -> None:
         optimization, run = self.optimization, self.run
-        for name in ("train_iters", "lr_decay_iters"):
-            if (value := getattr(optimization, name)) is not None and value < 1:
-                raise UserError(f"{flag_name(name)} is {value}; it must be at least 1")
+        at_least(1, optimization, "train_iters", "lr_decay_iters")
         for name in ("lr", "min_lr", "lr_warmup_iters", "weight_decay", "adam_eps", "clip_grad"):
             if (value := getattr(optimization, name)) is not None and not 0 <= value < float("inf"):
                 raise UserError(f"{flag_name(name)} is {value}; it cannot be negative")
@@ -129,8 +124,7 @@ class PretrainConfig:
         parallel, optimization = self.parallel, self.optimization
         ranks = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
         together = optimization.micro_batch_size * ranks
-        if optimization.micro_batch_size < 1:
-            raise UserError(f"--micro-batch-size is {optimization.micro_batch_size}; it must be at least 1")
+        at_least(1, optimization, "micro_batch_size")
         if optimization.global_batch_size is None:
             optimization.global_batch_size = together
         if optimization.global_batch_size < 1 or optimization.global_batch_size % together:
