@@ -172,7 +172,7 @@ class ChunkTable:
         valid = np.arange(num_tokens) < length[:, None]
         position = np.where(valid, (self._start[document] + offset)[:, None] + np.arange(num_tokens), 0)
         tokens = np.full((len(chunk), num_tokens), pad, np.int64)
-        of_corpus = np.searchsorted(self.corpus_documents, document, side="right") - 1
+        of_corpus = corpus_of(self.corpus_documents, document)
         for number in np.unique(of_corpus):
             here = valid & (of_corpus == number)[:, None]
             tokens[here] = self.corpora[number].tokens[position[here]]
@@ -182,7 +182,7 @@ class ChunkTable:
         """Ascending ids of the documents whose chunks may be neighbors: those of the train split of such corpora."""
         documents = self.documents_in("train", split_weights)
         retrieved = np.array([corpus.retrieved for corpus in self.corpora])
-        return documents[retrieved[np.searchsorted(self.corpus_documents, documents, side="right") - 1]]
+        return documents[retrieved[corpus_of(self.corpus_documents, documents)]]
 
     def documents_in(self, split: str, weights: tuple[float, ...]) -> np.ndarray:
         """Ids of the documents in a split, ascending (int64); removed ones are in none.
@@ -220,6 +220,11 @@ class Stream:
         inside = np.minimum(position, len(self) - 1)
         document = np.searchsorted(self._begin, inside, side="right") - 1
         return np.where(position < len(self), self._first_chunk[document] + inside - self._begin[document], -1)
+
+
+def corpus_of(bounds: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """The corpus of each document or chunk id (same shape, int64), by the corpora's first ids [num_corpora + 1]."""
+    return np.searchsorted(bounds, ids, side="right") - 1
 
 
 def running_sum(counts: np.ndarray) -> np.ndarray:

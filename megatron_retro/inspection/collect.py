@@ -4,13 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_retro.data.chunks import ChunkTable
+from megatron_retro.data.chunks import ChunkTable, corpus_of
 from megatron_retro.inspection import figures
 from megatron_retro.inspection.sample import Sample, shared_runs
 from megatron_retro.inspection.texts import ChunkTexts
 from megatron_retro.retrieval.corpora import open_tokenizer
 from megatron_retro.retrieval.database import Database
-from megatron_retro.retrieval.described import corpus_of
 from megatron_retro.retrieval.neighbors import NeighborTable
 from megatron_retro.workdir import WorkDir
 

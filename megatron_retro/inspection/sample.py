@@ -4,9 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from megatron_retro.data.chunks import ChunkTable, Stream
+from megatron_retro.data.chunks import ChunkTable, Stream, corpus_of
 from megatron_retro.data.overlap import longest_common_run
-from megatron_retro.retrieval.described import corpus_of
 from megatron_retro.retrieval.neighbors import NeighborTable
 
 _PAIRS = 1 << 14  # compared at once

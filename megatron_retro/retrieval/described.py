@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_retro.data.chunks import ChunkTable
+from megatron_retro.data.chunks import ChunkTable, corpus_of
 from megatron_retro.data.tokenizer import Tokenizer
 
 
@@ -13,11 +13,6 @@ def document_names(table: ChunkTable, documents: np.ndarray) -> list[str]:
     corpora = corpus_of(table.corpus_documents, documents)
     numbers = documents - table.corpus_documents[corpora]
     return [f"{table.corpora[corpus].name}:{number}" for corpus, number in zip(corpora, numbers, strict=True)]
-
-
-def corpus_of(bounds: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """The corpus of each document or chunk id (same shape, int64), by the corpora's first ids [num_corpora + 1]."""
-    return np.searchsorted(bounds, ids, side="right") - 1
 
 
 def describe_neighbors(
