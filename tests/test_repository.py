@@ -19,10 +19,11 @@ from packaging.requirements import Requirement
 PACKAGE = ROOT / "megatron_retro"
 
 # Who may import whom inside the package. tools/ and pretrain_retro.py may import all of it.
-BASE = {"errors", "distributed", "workdir", "config"}
+BASE = {"errors", "distributed", "terminal", "workdir", "config"}
 ARROWS = {
     "errors": set(),
     "distributed": {"errors"},
+    "terminal": set(),
     "workdir": {"errors", "distributed"},
     "config": {"errors", "workdir"},
     "mcore_cpu": set(),

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import shutil
 import sys
 import time
 from typing import Any
@@ -19,10 +18,11 @@ from megatron_retro.inference.writer import Choice, Event, Writer
 from megatron_retro.retrieval.corpora import open_tokenizer
 from megatron_retro.retrieval.described import describe_neighbors
 from megatron_retro.retrieval.live import LiveRetriever
+from megatron_retro.terminal import BOLD, DIM, PLAIN, printable, width
 from megatron_retro.training.data import split_weights
 from megatron_retro.workdir import STAGES, WorkDir, check_writable, write_atomically
 
-_BOLD, _DIM, _PLAIN = "\033[1m", "\033[2m", "\033[0m"
+_KEPT = "\n\t"  # of the white space in texts
 
 
 def generate(config: GenerateConfig) -> None:
@@ -192,21 +192,16 @@ class Text:
 
     def as_text(self, show_neighbors: bool) -> str:
         color = sys.stdout.isatty()
-        bold, dim, plain = (_BOLD, _DIM, _PLAIN) if color else ("", "", "")
-        lines = [f"{bold}{printable(self._prompt)}{plain}{printable(self.written)}"]
-        width = min(100, shutil.get_terminal_size((100, 24)).columns)
+        bold, dim, plain = (BOLD, DIM, PLAIN) if color else ("", "", "")
+        lines = [f"{bold}{printable(self._prompt, _KEPT)}{plain}{printable(self.written, _KEPT)}"]
+        columns = width()
         for read in self._read if show_neighbors else ():
-            lines.append(f"{dim}chunk {read['chunk']}: {_one_line(read['text'], width - 12)}{plain}")
+            lines.append(f"{dim}chunk {read['chunk']}: {_one_line(read['text'], columns - 12)}{plain}")
             for neighbor in read["neighbors"]:
                 head = f"  {neighbor['rank']}. {neighbor['document']}, distance {neighbor['distance']:.3f}: "
                 said = neighbor["text"] + neighbor["continuation"]
-                lines.append(f"{dim}{head}{_one_line(said, max(20, width - len(head)))}{plain}")
+                lines.append(f"{dim}{head}{_one_line(said, max(20, columns - len(head)))}{plain}")
         return "\n".join(lines)
-
-
-def printable(text: str) -> str:
-    """Without what could steer a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def _one_line(text: str, width: int) -> str:

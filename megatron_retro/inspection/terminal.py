@@ -1,15 +1,13 @@
 """The nearest chunks of a text, for people and as JSON."""
 
 import json
-import shutil
 import sys
 import textwrap
 from typing import Any
 
+from megatron_retro import terminal
 from megatron_retro.retrieval.described import describe_neighbors
 from megatron_retro.workdir import WorkDir
-
-_BOLD, _DIM, _PLAIN = "\033[1m", "\033[2m", "\033[0m"
 
 
 def answer(work: WorkDir, query: str, k: int, *, as_json: bool) -> str:
@@ -21,8 +19,8 @@ def answer(work: WorkDir, query: str, k: int, *, as_json: bool) -> str:
     found = search(work, query, k)
     if as_json:
         return json.dumps({"query": query, "neighbors": found}, indent=1)
-    width = min(100, shutil.get_terminal_size((100, 24)).columns)
-    return "\n\n".join(_shown(neighbor, width, color=sys.stdout.isatty()) for neighbor in found) or "no chunk was found"
+    width, color = terminal.width(), sys.stdout.isatty()
+    return "\n\n".join(_shown(neighbor, width, color=color) for neighbor in found) or "no chunk was found"
 
 
 def search(work: WorkDir, query: str, k: int) -> list[dict[str, Any]]:
@@ -37,19 +35,15 @@ def search(work: WorkDir, query: str, k: int) -> list[dict[str, Any]]:
 def _shown(neighbor: dict[str, Any], width: int, *, color: bool) -> str:
     head = f"{neighbor['rank']}.  {neighbor['document']}   distance {neighbor['distance']:.3f}"
     parts = [
-        (_BOLD, head),
+        (terminal.BOLD, head),
         ("", _wrapped(neighbor["text"], width)),
-        (_DIM, _wrapped(neighbor["continuation"], width, "    … ")),
+        (terminal.DIM, _wrapped(neighbor["continuation"], width, "    … ")),
     ]
-    return "\n".join(f"{style}{text}{_PLAIN}" if color and style else text for style, text in parts if text)
+    return "\n".join(f"{style}{text}{terminal.PLAIN}" if color and style else text for style, text in parts if text)
 
 
 def _wrapped(text: str, width: int, first: str = "    ") -> str:
     """The lines of a text, none longer than `width`, without what could steer a terminal."""
-    lines = [_printable(line) for line in text.splitlines() if line.strip()]
+    lines = [terminal.printable(line) for line in text.splitlines() if line.strip()]
     wrapped = [part for line in lines for part in textwrap.wrap(line, width - len(first)) or [""]]
     return "\n".join((first if number == 0 else " " * len(first)) + line for number, line in enumerate(wrapped))
-
-
-def _printable(line: str) -> str:
-    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in line)
