@@ -56,6 +56,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_retro", "megatron_retro.*"]),
     package_data={
+        "megatron_retro": ["webpage.css"],
         "megatron_retro.evaluation": ["report.html", "report.css"],
         "megatron_retro.inspection": ["page.html", "page.css", "page.js"],
         "megatron_retro.serving": ["page.html", "page.css", "page.js"],

@@ -26,16 +26,17 @@ ARROWS = {
     "terminal": set(),
     "workdir": {"errors", "distributed"},
     "config": {"errors", "workdir"},
+    "webpage": set(),
     "mcore_cpu": set(),
     "mcore": {"mcore_cpu"} | BASE,
     "data": {"mcore"} | BASE,
     "model": {"mcore"} | BASE,
     "retrieval": {"data", "mcore"} | BASE,
-    "inspection": {"retrieval", "data", "mcore"} | BASE,
+    "inspection": {"webpage", "retrieval", "data", "mcore"} | BASE,
     "training": {"model", "data", "retrieval", "mcore"} | BASE,
     "inference": {"training", "model", "data", "retrieval", "mcore"} | BASE,
-    "serving": {"inference", "training", "model", "data", "retrieval", "mcore"} | BASE,
-    "evaluation": {"inference", "training", "model", "data", "retrieval", "mcore"} | BASE,
+    "serving": {"webpage", "inference", "training", "model", "data", "retrieval", "mcore"} | BASE,
+    "evaluation": {"webpage", "inference", "training", "model", "data", "retrieval", "mcore"} | BASE,
 }
 
 

@@ -5,12 +5,13 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_retro import webpage
 from megatron_retro.errors import UserError
 from megatron_retro.evaluation import charts
 from megatron_retro.evaluation.table import NAMES, interval
 from megatron_retro.workdir import write_atomically
 
-_FOLDER = pathlib.Path(__file__).parent
+_TEMPLATE = pathlib.Path(__file__).with_suffix(".html")
 _SHOWN_QUESTIONS = 50
 _CURVES = {
     "database": (
@@ -47,9 +48,7 @@ def render(result: dict[str, Any]) -> str:
     body += [_curve(name, curve) for name, curve in (result.get("leakage") or {}).items()]
     body.append(_questions(result["questions"]) if result.get("questions") else "")
     body.append(_settings(result))
-    page = (_FOLDER / "report.html").read_text(encoding="utf-8")
-    style = (_FOLDER / "report.css").read_text(encoding="utf-8")
-    return page.replace("{{style}}", style).replace("{{body}}", "\n".join(part for part in body if part))
+    return webpage.fill(_TEMPLATE, style=webpage.style(_TEMPLATE), body="\n".join(part for part in body if part))
 
 
 # ------------------------------------------------------------------------------------------------ sections
@@ -166,7 +165,7 @@ def _settings(result: dict[str, Any]) -> str:
 
 def _section(title: str, text: str, parts: Sequence[str]) -> str:
     told = f'<p class="soft">{_esc(text)}</p>' if text else ""
-    return f"<section><h2>{_esc(title)}</h2>{told}{''.join(parts)}</section>"
+    return f'<section class="panel"><h2>{_esc(title)}</h2>{told}{"".join(parts)}</section>'
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -10,10 +10,11 @@ import json
 import pathlib
 from typing import Any
 
+from megatron_retro import webpage
 from megatron_retro.errors import UserError
 from megatron_retro.workdir import write_atomically
 
-_TEMPLATES = pathlib.Path(__file__).parent
+_TEMPLATE = pathlib.Path(__file__).with_suffix(".html")
 
 
 def write_page(directory: pathlib.Path, data: dict[str, Any]) -> pathlib.Path:
@@ -36,11 +37,5 @@ def render(data: dict[str, Any]) -> str:
     """The page's HTML; the same data gives the same bytes."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
-    page = _read("page.html")
-    for name, content in (("style", _read("page.css")), ("script", _read("page.js")), ("data", packed)):
-        page = page.replace("{{" + name + "}}", content)
-    return page
-
-
-def _read(name: str) -> str:
-    return (_TEMPLATES / name).read_text(encoding="utf-8")
+    script = webpage.fill(_TEMPLATE.with_suffix(".js"))
+    return webpage.fill(_TEMPLATE, style=webpage.style(_TEMPLATE), script=script, data=packed)

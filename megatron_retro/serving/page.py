@@ -7,7 +7,9 @@ import pathlib
 
 from fastapi import Request, Response
 
-_TEMPLATES = pathlib.Path(__file__).parent
+from megatron_retro import webpage
+
+_TEMPLATE = pathlib.Path(__file__).with_suffix(".html")
 
 
 class Page:
@@ -22,11 +24,9 @@ class Page:
 
     def __init__(self, model_name: str, retrieval: str, wants_key: bool, reads: bool):
         settings = {"model": model_name, "retrieval": retrieval if reads else "off", "key": wants_key, "reads": reads}
-        script = (_TEMPLATES / "page.js").read_text(encoding="utf-8")
-        script = script.replace("{{settings}}", json.dumps(settings).replace("<", "\\u003c"))
-        style = (_TEMPLATES / "page.css").read_text(encoding="utf-8")
-        page = (_TEMPLATES / "page.html").read_text(encoding="utf-8")
-        self._html = page.replace("{{style}}", style).replace("{{script}}", script)
+        shown = json.dumps(settings).replace("<", "\\u003c")
+        script, style = webpage.fill(_TEMPLATE.with_suffix(".js"), settings=shown), webpage.style(_TEMPLATE)
+        self._html = webpage.fill(_TEMPLATE, style=style, script=script)
         policy = f"script-src '{_hash(script)}'; style-src '{_hash(style)}'; connect-src 'self'; img-src data:"
         self._policy = f"default-src 'none'; {policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
