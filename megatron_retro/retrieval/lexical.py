@@ -265,15 +265,7 @@ class Bm25Retriever:
         self._gone = ranges(*gone.T)
 
     def neighbors(self, chunks: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `Retriever.neighbors`; a distance is the score with its sign turned, and among equals the lower id wins.
-
-        Args:
-            chunks: [n] int64 chunk ids.
-            k: neighbors wanted.
-
-        Returns:
-            (ids [n, k] int64 with -1 for none, distances [n, k] float32 with inf for none).
-        """
+        """As `Retriever.neighbors`; a distance is the score with its sign turned; among equals the lower id wins."""
         own = self._positions.of_documents(self._table.document(chunks))
         return self._best(_words_of(self._index, self._table, self._tokenizer, chunks), own, k)
 
@@ -324,15 +316,7 @@ class HybridRetriever:
         self._positions, self._rows = _Positions(table, index), index.rows()
 
     def neighbors(self, chunks: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `Retriever.neighbors`, as many as `dense` has; a distance is the score with its sign turned.
-
-        Args:
-            chunks: [n] int64 chunk ids.
-            k: neighbors wanted.
-
-        Returns:
-            (ids [n, k] int64 with -1 for none, distances [n, k] float32 with inf for none).
-        """
+        """As `Retriever.neighbors`, as many as `dense` has; a distance is the score with its sign turned."""
         assert self._dense is not None
         near, _ = self._dense.neighbors(chunks, max(k, self.num_candidates))
         return self._rank(_words_of(self._index, self._table, self._tokenizer, chunks), near, k)
