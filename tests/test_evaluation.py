@@ -90,8 +90,11 @@ def spelled(rows: list[list[int]]) -> list[str]:
 
 
 def test_every_token_counts_once_in_its_own_chunk(samples: Samples) -> None:
-    model = make_model().eval()
-    losses = sample_losses(model, samples, num_samples=len(samples), micro_batch_size=3, retrieval="on")
+    model, done = make_model().eval(), list[int]()
+    losses = sample_losses(
+        model, samples, num_samples=len(samples), micro_batch_size=3, retrieval="on", progress=done.append
+    )
+    assert sum(done) == len(samples) and max(done) == 3
     expected: dict[int, float] = collections.defaultdict(float)
     for number in range(len(samples)):
         batch, chunks = samples.batch(np.array([number])), samples.chunks(number)
@@ -251,7 +254,10 @@ def first_letters(questions: list[Question], *, reads: bool) -> list[str]:
         return GivenReader(tokenizer.encode(question.ctxs), K, R) if reads else None
 
     settings = dict(template="{question}a", chunk_length=C, max_new_tokens=1, batch_size=4)
-    return ask(questions, writer, tokenizer, reader_of, **settings)  # type: ignore[arg-type]
+    done: list[int] = []
+    found = ask(questions, writer, tokenizer, reader_of, progress=done.append, **settings)  # type: ignore[arg-type]
+    assert sum(done) == len(questions)
+    return found
 
 
 def test_the_first_token_of_an_answer_reads_the_given_texts() -> None:

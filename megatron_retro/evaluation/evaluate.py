@@ -19,9 +19,10 @@ from megatron_retro.evaluation.asking import QuestionEvaluation
 from megatron_retro.evaluation.other import OtherDatabase
 from megatron_retro.evaluation.questions import Question, read_questions
 from megatron_retro.evaluation.report import write_report
-from megatron_retro.evaluation.table import Progress, table
+from megatron_retro.evaluation.table import table
 from megatron_retro.evaluation.text import TextEvaluation
 from megatron_retro.inference.loading import Trained, check_same_tokenizer, load_trained
+from megatron_retro.retrieval.progress import Progress
 from megatron_retro.training import checkpoint
 from megatron_retro.training.data import TrainingData
 from megatron_retro.workdir import WorkDir, check_writable, write_atomically
@@ -172,7 +173,8 @@ def _measure(
 ) -> None:
     for mode in modes:
         if text:
-            progress = Progress(f"{mode}, samples", text.num_samples)
-            text.measure(mode, trained.module, given.micro_batch_size, progress)
+            with Progress(mode, text.num_samples, "samples", together=True) as progress:
+                text.measure(mode, trained.module, given.micro_batch_size, progress.advance)
         if asking and mode in ("on", "off", "gpt"):
-            asking.measure(mode, trained, Progress(f"{mode}, questions", asking.num_questions))
+            with Progress(mode, asking.num_questions, "questions", together=True) as progress:
+                asking.measure(mode, trained, progress.advance)

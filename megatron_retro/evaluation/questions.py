@@ -134,7 +134,7 @@ def ask(
     chunk_length: int,
     max_new_tokens: int,
     batch_size: int,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda more: None,
 ) -> list[str]:
     """The answers, greedily chosen, up to the end of their first line; every rank calls it.
 
@@ -142,6 +142,7 @@ def ask(
         reader_of: what finds the neighbors that a question reads; None for no neighbors.
         template: the prompt, with `{question}` in it.
         batch_size: questions answered at once.
+        progress: called with the number of questions that were answered since it was called before.
     """
     fill, choice, found = filler(tokenizer), Choice(temperature=0), []
     for begin in range(0, len(questions), batch_size):
@@ -157,7 +158,7 @@ def ask(
             if event.token is not None:
                 written[event.text].append(event.token)
         found += [first_line(text) for text in tokenizer.decode(written)]
-        progress(begin + len(some))
+        progress(len(some))
     return found
 
 

@@ -1,9 +1,6 @@
 """The evaluation on a terminal."""
 
-import sys
 from typing import Any
-
-from megatron_retro import distributed
 
 NAMES = {"also": "also-db", "gpt": "GPT"}
 
@@ -77,19 +74,3 @@ def interval(bounds: list[float] | None, form: str = ".4f") -> str:
 
 def _signed(bounds: list[float] | None) -> str:
     return f"[{bounds[0]:+.4f}, {bounds[1]:+.4f}]" if bounds else "[—]"
-
-
-class Progress:
-    """A line that counts up, on rank 0's terminal."""
-
-    def __init__(self, what: str, total: int):
-        self._what, self._total = what, total
-
-    def __call__(self, done: int) -> None:
-        if distributed.rank() == 0 and sys.stderr.isatty():
-            print(
-                f"\r{self._what}: {done:,} of {self._total:,}",
-                end="\n" if done == self._total else "",
-                file=sys.stderr,
-                flush=True,
-            )

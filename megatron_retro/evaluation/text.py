@@ -13,8 +13,6 @@ from megatron_retro.evaluation.leakage import curve, database_runs, read_runs
 from megatron_retro.evaluation.other import OtherDatabase, OtherSamples
 from megatron_retro.training.evaluation import SampleLosses, SampleSource, sample_losses
 
-Progress = Callable[[int], None]
-
 
 class TextEvaluation:
     """The first samples of a split, in one mode after the other; every rank calls every method.
@@ -47,7 +45,9 @@ class TextEvaluation:
             )
             self._other_samples = OtherSamples(samples, other.table, self._chunks, self._other_ids, num_neighbors, pad)
 
-    def measure(self, mode: str, model: torch.nn.Module, micro_batch_size: int, progress: Progress) -> None:
+    def measure(
+        self, mode: str, model: torch.nn.Module, micro_batch_size: int, progress: Callable[[int], None]
+    ) -> None:
         """Run a model over all samples: "on", "off", "random", "also" (the other database), or "gpt"."""
         source: SampleSource = self._other_samples if mode == "also" else self._samples
         self._losses[mode] = sample_losses(

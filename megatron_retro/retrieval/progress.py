@@ -13,20 +13,23 @@ _SECONDS_BETWEEN_LINES = 10
 
 
 class Progress:
-    """Counts units of work that this rank has done.
+    """Counts units of work that are done.
 
     Args:
         stage: what is being done.
-        total: this rank's units in all.
+        total: units in all.
         unit: their name, in the plural.
         done: units that an earlier run finished; they do not count for the rate.
+        together: the units are those of all ranks, not of this rank alone.
     """
 
-    def __init__(self, stage: str, total: int, unit: str, done: int = 0):
+    def __init__(self, stage: str, total: int, unit: str, done: int = 0, together: bool = False):
         self._stage, self._total, self._unit = stage, total, unit
         self._first, self._done, self._start = done, done, time.monotonic()
         self._next_line = self._start + _SECONDS_BETWEEN_LINES
         self._bar: Any = None
+        ranks = 1 if together else distributed.world_size()
+        self._ranks = f" on each of {ranks} ranks" if ranks > 1 else ""
         self._prints = distributed.rank() == 0
         if self._prints and sys.stderr.isatty():
             import tqdm
@@ -52,8 +55,8 @@ class Progress:
         rate = (self._done - self._first) / max(1e-9, time.monotonic() - self._start)
         left = (self._total - self._done) / max(1e-9, rate)
         share = f"{self._done:,} of {self._total:,} {self._unit}"
-        ranks = f" on each of {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
-        return f"{self._stage}: {share}, {rate:,.0f}/s{ranks}, {duration(left)} left"
+        shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        return f"{self._stage}: {share}, {shown}/s{self._ranks}, {duration(left)} left"
 
 
 def say(line: str) -> None:

@@ -54,14 +54,14 @@ def sample_losses(
     num_samples: int,
     micro_batch_size: int,
     retrieval: str,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda more: None,
 ) -> SampleLosses:
     """Loss of samples 0 … num_samples-1; every rank takes part and gets all of it.
 
     Args:
         model: wrapped or not; runs without dropout and gradients.
         retrieval: "on", "off" or "random".
-        progress: called with the number of samples done.
+        progress: called with the number of samples that all ranks did since it was called before.
     """
     ranks = mcore.parallel_state.get_data_parallel_world_size()
     rank = mcore.parallel_state.get_data_parallel_rank()
@@ -74,7 +74,7 @@ def sample_losses(
             ids = begin + rank * micro_batch_size + np.arange(micro_batch_size)
             batch = samples.batch(np.where(ids < num_samples, ids, -1), retrieval)
             rows += [_by_slot(report, samples.table.chunk_length) for report in run_forward(model, batch)]
-            progress(min(num_samples, begin + together))
+            progress(min(together, num_samples - begin))
     model.train(was_training)
     return _gather(rows, num_samples)
 
