@@ -3,15 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-from megatron_retro import distributed
 from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.data.tokenizer import Tokenizer
 from megatron_retro.evaluation.questions import GivenReader, Question, ask, compare
 from megatron_retro.inference.generate import make_writer
 from megatron_retro.inference.loading import Trained
-from megatron_retro.inference.reader import Reader
-from megatron_retro.retrieval.live import LiveRetriever
-from megatron_retro.training.data import split_weights
+from megatron_retro.inference.reader import Reader, open_reader
 from megatron_retro.workdir import WorkDir
 
 
@@ -45,7 +42,7 @@ class QuestionEvaluation:
         """Ask in mode "on" (what is read: the question's texts, else what live retrieval finds), "off" or "gpt"."""
         length, k = self._table.chunk_length, self._num_neighbors if mode == "on" else 0
         searches = k and not all(question.ctxs for question in self._questions)
-        live = live_reader(self._work, self._table, k) if searches else None
+        live = open_reader(self._work, self._table, k) if searches else None
 
         def reader_of(question: Question) -> Reader | None:
             if not (k and question.ctxs):
@@ -75,17 +72,3 @@ class QuestionEvaluation:
             for number, question in enumerate(self._questions)
         ]
         return {"count": len(asked), "modes": compare(self._questions, self._answers), "asked": asked}
-
-
-def live_reader(work: WorkDir, table: ChunkTable, num_neighbors: int, retrieval: str = "on") -> Reader:
-    """What finds neighbors ("on" or "random") in a work dir's database for any text; every rank calls it."""
-    searches = retrieval == "on" and distributed.rank() == 0
-    return Reader(
-        table,
-        distributed.together(lambda: LiveRetriever(work) if searches else None),
-        num_neighbors=num_neighbors,
-        fetched=work.facts("neighbors")["num_neighbors"],
-        retrieval=retrieval,
-        database=table.database_documents(split_weights(work)),
-        seed=0,
-    )

@@ -14,10 +14,10 @@ from typing import Any
 from megatron_retro import mcore
 from megatron_retro.config.model import RETRIEVAL_MODES, ParallelConfig
 from megatron_retro.errors import UserError
-from megatron_retro.evaluation.asking import live_reader
 from megatron_retro.evaluation.questions import filled, filler
 from megatron_retro.evaluation.scoring import Row, Scorer, windows
 from megatron_retro.inference.generate import make_writer, open_trained
+from megatron_retro.inference.reader import open_reader
 from megatron_retro.inference.writer import Choice, Text
 
 
@@ -50,7 +50,7 @@ class RetroRequests:
         work, trained, table, self._tokenizer = open_trained(load, retro_work_dir, ParallelConfig())
         reads = trained.retro is not None and retrieval != "off"
         k = (retro_num_neighbors or trained.retro.retro_num_neighbors) if trained.retro and reads else 0
-        self._reader = live_reader(work, table, k, retrieval) if reads else None
+        self._reader = open_reader(work, table, k, retrieval) if reads else None
         self._batch_size, self._max_gen_toks, self._length = int(batch_size), max_gen_toks, table.chunk_length
         longest = trained.model.max_position_embeddings or trained.model.seq_length
         self._context = longest // self._length * self._length

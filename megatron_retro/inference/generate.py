@@ -13,13 +13,11 @@ from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.data.tokenizer import Tokenizer
 from megatron_retro.errors import UserError
 from megatron_retro.inference.loading import Trained, check_same_tokenizer, load_trained
-from megatron_retro.inference.reader import Reader
+from megatron_retro.inference.reader import Reader, open_reader
 from megatron_retro.inference.writer import Choice, Event, Writer
 from megatron_retro.retrieval.corpora import open_tokenizer
 from megatron_retro.retrieval.described import describe_neighbors
-from megatron_retro.retrieval.live import LiveRetriever
 from megatron_retro.terminal import BOLD, DIM, PLAIN, printable, width
-from megatron_retro.training.data import split_weights
 from megatron_retro.workdir import STAGES, WorkDir, check_writable, write_atomically
 
 _KEPT = "\n\t"  # of the white space in texts
@@ -89,16 +87,7 @@ def open_model(config: GenerateConfig) -> OpenModel:
     reader, num_neighbors = None, 0
     if trained.retro and reading.retrieval != "off":
         num_neighbors = reading.retro_num_neighbors or trained.retro.retro_num_neighbors
-        on_rank_0 = reading.retrieval == "on" and distributed.rank() == 0
-        reader = Reader(
-            table,
-            distributed.together(lambda: LiveRetriever(work) if on_rank_0 else None),
-            num_neighbors=num_neighbors,
-            fetched=work.facts("neighbors")["num_neighbors"],
-            retrieval=reading.retrieval,
-            database=table.database_documents(split_weights(work)),
-            seed=config.sampling.seed,
-        )
+        reader = open_reader(work, table, num_neighbors, reading.retrieval, seed=config.sampling.seed)
     return OpenModel(trained, table, tokenizer, make_writer(trained, table, tokenizer, reader, num_neighbors))
 
 

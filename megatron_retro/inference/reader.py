@@ -12,6 +12,9 @@ from megatron_retro import distributed, mcore
 from megatron_retro.data.chunks import ChunkTable, Stream
 from megatron_retro.data.samples import repeats
 from megatron_retro.data.tokenizer import Tokenizer
+from megatron_retro.retrieval.live import LiveRetriever
+from megatron_retro.training.data import split_weights
+from megatron_retro.workdir import WorkDir
 
 
 class Library(Protocol):
@@ -118,3 +121,34 @@ class Reader:
         if not len(stream):
             return np.full(shape, -1), np.full(shape, np.inf)
         return stream.chunks(self._draw.integers(len(stream), size=shape)), np.zeros(shape)
+
+
+def open_reader(
+    work: WorkDir,
+    table: ChunkTable,
+    num_neighbors: int,
+    retrieval: str = "on",
+    *,
+    seed: int = 0,
+    library: Library | None = None,
+) -> Reader:
+    """A `Reader` ("on" or "random") of a work dir's database; every rank calls it.
+
+    Args:
+        table: all chunks of the work dir.
+        num_neighbors: K.
+        seed: of random neighbors.
+        library: searched where given; else rank 0 opens the work dir's own for retrieval "on".
+    """
+    if library is None:
+        opens = retrieval == "on" and distributed.rank() == 0
+        library = distributed.together(lambda: LiveRetriever(work) if opens else None)
+    return Reader(
+        table,
+        library,
+        num_neighbors=num_neighbors,
+        fetched=work.facts("neighbors")["num_neighbors"],
+        retrieval=retrieval,
+        database=table.database_documents(split_weights(work)),
+        seed=seed,
+    )

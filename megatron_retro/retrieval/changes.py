@@ -38,7 +38,7 @@ def change(work: WorkDir, config: PreprocessConfig) -> None:
     task = config.tasks()[0]
     work.facts("neighbors")
     after = WorkDir(work.path, NEXT)
-    is_new = distributed.together((work.path / NEXT).exists) is False
+    is_new = not distributed.together((work.path / NEXT).exists)
     work.on_rank_0(lambda: _begin(task, work, after, config))
     after.reload()
     if not (work.path / NEXT).exists():
@@ -95,8 +95,9 @@ def _begin(task: str, work: WorkDir, after: WorkDir, config: PreprocessConfig) -
 
 def _next_generation(work: WorkDir) -> int:
     """A number that no change has used, not even one that was dropped."""
-    names = (path.name.rpartition(".")[2] for path in work.path.rglob("*.[0-9]*") if path.is_dir())
-    return max([work.settings.get("generation", 0), *(int(name) for name in names if name.isdecimal())]) + 1
+    places = [*work.path.glob("*.[0-9]*"), *work.path.glob("index*/bm25.[0-9]*")]
+    numbers = (place.name.rpartition(".")[2] for place in places if place.is_dir())
+    return max([work.settings.get("generation", 0), *(int(number) for number in numbers if number.isdecimal())]) + 1
 
 
 def _forget_dropped(work: WorkDir) -> None:

@@ -5,12 +5,11 @@ import dataclasses
 from megatron_retro.config.serving import ServeConfig
 from megatron_retro.data.tokenizer import Tokenizer
 from megatron_retro.inference.generate import make_writer, open_trained
-from megatron_retro.inference.reader import Reader
+from megatron_retro.inference.reader import Reader, open_reader
 from megatron_retro.inference.writer import Writer
 from megatron_retro.retrieval.journal import Journal
 from megatron_retro.retrieval.live import LiveRetriever
 from megatron_retro.retrieval.live_database import LiveDatabase
-from megatron_retro.training.data import split_weights
 
 
 @dataclasses.dataclass
@@ -45,17 +44,6 @@ def open_all(config: ServeConfig, journal: Journal | None) -> Opened:
         return Opened(tokenizer, make_writer(trained, table, tokenizer, None, 0), None, {})
     library = LiveDatabase(LiveRetriever(work), journal)
     num_neighbors = served.retro_num_neighbors or trained.retro.retro_num_neighbors
-    readers = {
-        mode: Reader(
-            table,
-            library,
-            num_neighbors=num_neighbors,
-            fetched=work.facts("neighbors")["num_neighbors"],
-            retrieval=mode,
-            database=table.database_documents(split_weights(work)),
-            seed=0,
-        )
-        for mode in ("on", "random")
-    }
+    readers = {mode: open_reader(work, table, num_neighbors, mode, library=library) for mode in ("on", "random")}
     writer = make_writer(trained, table, tokenizer, readers["on"], num_neighbors)
     return Opened(tokenizer, writer, library, readers)
