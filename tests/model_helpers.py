@@ -35,15 +35,21 @@ def initialize() -> None:
         mcore.initialize()
 
 
-def make_model(*, retro: bool = True, seed: int = 1, bf16: bool = False, **flags: object) -> RetroModel:
-    """A model with its initial weights; `flags` are fields of `ModelConfig` that differ from `SHAPE`."""
-    initialize()
+def make_configs(*, retro: bool = True, **flags: object) -> tuple[ModelConfig, RetroConfig | None]:
+    """Finished shapes; `flags` are fields of `ModelConfig` that differ from `SHAPE`."""
     model = ModelConfig(**{**SHAPE, "rotary_base": ROTARY_BASE, **flags})
     model.finish()
     neighbors = None
     if retro:
         neighbors = RetroConfig(retro_add_retriever=True, **RETRO_SHAPE)
         neighbors.finish(model)
+    return model, neighbors
+
+
+def make_model(*, retro: bool = True, seed: int = 1, bf16: bool = False, **flags: object) -> RetroModel:
+    """A model of `make_configs` with its initial weights."""
+    initialize()
+    model, neighbors = make_configs(retro=retro, **flags)
     parallel = ParallelConfig(bf16=bf16)
     parallel.finish(1, model, neighbors)
     return RetroModel(model, neighbors, parallel, vocab_size=V, chunk_length=C, seed=seed)
