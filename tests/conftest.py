@@ -1,8 +1,13 @@
-"""Fixtures that several test files share: real text, and one small work dir built from it."""
+"""Fixtures that several test files share: real text, one small work dir built from it, a model trained on that."""
 
+import fcntl
+import functools
 import json
 import os
 import pathlib
+import shutil
+import unittest.mock
+from collections.abc import Callable
 
 import pytest
 
@@ -10,8 +15,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the s
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait let other processes compute
 
+from launch import run_forked
+
 from megatron_retro.config.flags import parse
 from megatron_retro.config.preprocessing import PreprocessConfig
+from megatron_retro.retrieval import embedding
+
+# Begun first, so that none of them is left at the end.
+_SLOWEST = ("test_training", "test_parallel", "test_evaluation", "test_preprocess", "test_serve")
+
+_measured_once = functools.cache(embedding.fastest_dtype)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    files = {name: place for place, name in enumerate(_SLOWEST)}
+    items.sort(key=lambda item: files.get(item.path.stem, len(files)))
 
 
 def stdlib_texts(count: int, max_characters: int = 2000) -> list[str]:
@@ -31,13 +49,28 @@ def build(work: pathlib.Path, *arguments: str) -> None:
     """Run preprocessing in this process."""
     from megatron_retro.retrieval.pipeline import preprocess
 
-    preprocess(parse(PreprocessConfig, ["--retro-work-dir", str(work), *arguments]))
+    with unittest.mock.patch.object(embedding, "fastest_dtype", _measured_once):
+        preprocess(parse(PreprocessConfig, ["--retro-work-dir", str(work), *arguments]))
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
+    """A path of what `make` makes there: in the first process of the test run that asks for it, while others wait."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with open(base / f"{name}.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path, is_made = base / name, base / f"{name}.made"
+        if not is_made.exists():
+            shutil.rmtree(path, ignore_errors=True)  # of one that failed
+            make(path)
+            is_made.touch()
+    return path
 
 
 @pytest.fixture(scope="session")
 def small_input(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """`my_text_data.jsonl`: 40 documents."""
-    return write_jsonl(tmp_path_factory.mktemp("input") / "my_text_data.jsonl", stdlib_texts(40))
+    return made_once(tmp_path_factory, "my_text_data.jsonl", lambda path: write_jsonl(path, stdlib_texts(40)))
 
 
 SMALL = ("--vocab-size", "1000", "--split", "80,10,10", "--retro-block-size", "100")
@@ -46,6 +79,18 @@ SMALL = ("--vocab-size", "1000", "--split", "80,10,10", "--retro-block-size", "1
 @pytest.fixture(scope="session")
 def small_work(tmp_path_factory: pytest.TempPathFactory, small_input: pathlib.Path) -> pathlib.Path:
     """A finished work dir of corpus `my_text_data`: 40 documents, some 500 chunks of 64. Copy it before a change."""
-    work = tmp_path_factory.mktemp("small") / "work"
-    build(work, "--input", str(small_input), *SMALL)
-    return work
+    return made_once(tmp_path_factory, "small_work", lambda work: build(work, "--input", str(small_input), *SMALL))
+
+
+# Of a model that has seen a little text; such initial weights make it heed what it reads.
+TRAINING = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 256 --init-method-std 0.3 "
+    "--micro-batch-size 2 --lr 1e-2 --eval-iters 0 --train-iters 4"
+).split()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, small_work: pathlib.Path) -> pathlib.Path:
+    """The --save directory of a RETRO of a few updates on `small_work`. Copy it before a change."""
+    flags = ["--retro-work-dir", small_work, "--retro-add-retriever", "--retro-layers", "2,4", *TRAINING]
+    return made_once(tmp_path_factory, "trained", lambda save: run_forked("pretrain_retro.py", *flags, "--save", save))

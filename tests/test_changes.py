@@ -1,14 +1,12 @@
 """Documents added, removed and purged: equal to a build from scratch, atomic, and resumable."""
 
 import json
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from conftest import build, stdlib_texts, write_jsonl
+from launch import run_forked
 
 from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.errors import UserError
@@ -21,7 +19,7 @@ from megatron_retro.retrieval.neighbors import NeighborTable
 from megatron_retro.retrieval.ranking import check_neighbors
 from megatron_retro.workdir import NEXT, WorkDir, save_npy
 
-TOOL = pathlib.Path(__file__).parent.parent / "tools" / "preprocess_retro_data.py"
+TOOL = "tools/preprocess_retro_data.py"
 FLAGS = ("--split", "1,0,0", "--retro-block-size", "100")
 REMOVED = (3, 4, 17, 29)
 
@@ -97,10 +95,7 @@ def test_added_documents_equal_a_build_from_scratch(work, texts, tmp_path):
     """On two ranks; only the new chunks are embedded."""
     old = {file: file.stat().st_mtime_ns for kind in ("embeddings", "index") for file in (work / kind).rglob("*.*")}
     more = write_jsonl(tmp_path / "second.jsonl", texts[30:])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", TOOL, "--retro-work-dir", work]
-    tasks = ["--retro-tasks", "add-documents", "--input", more]
-    done = subprocess.run([*map(str, command), *map(str, tasks)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_forked(TOOL, "--retro-work-dir", work, "--retro-tasks", "add-documents", "--input", more, ranks=2)
     assert {file: file.stat().st_mtime_ns for file in old} == old
     after = WorkDir(work)
     after.verify()
@@ -178,9 +173,7 @@ def test_an_approximate_index_forgets_too(first, texts, tmp_path):
 def test_a_database_found_by_words_changes_too(kind, first, texts, tmp_path):
     """Words weigh otherwise in another database, so all neighbors are those of a query from scratch."""
     work = without_neighbors(shutil.copytree(first, tmp_path / "work"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", TOOL, "--retro-work-dir", work]
-    done = subprocess.run([*map(str, command), "--retro-retriever", kind], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_forked(TOOL, "--retro-work-dir", work, "--retro-retriever", kind, ranks=2)
     assert json.loads((work / "report" / "summary.json").read_text())["retriever"] == kind
     ids, _ = saved(WorkDir(work))
     dense, _ = saved(WorkDir(first))

@@ -6,23 +6,20 @@ import math
 import pathlib
 import shlex
 import shutil
-import signal
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import build
-from evaluation_worker import LAYOUTS
-from launch import ROOT, run
+from conftest import TRAINING, build
+from launch import run_forked
 from model_helpers import C, K, L, R, V, initialize, make_model
 from test_generation import Library, lively_model
 
 from megatron_retro import mcore
 from megatron_retro.config.evaluation import EvaluateConfig
 from megatron_retro.config.flags import parse
-from megatron_retro.config.training import PretrainConfig
 from megatron_retro.data.chunks import ChunkTable, Corpus
 from megatron_retro.data.samples import Samples
 from megatron_retro.errors import UserError
@@ -41,7 +38,6 @@ from megatron_retro.inference.writer import Choice, Writer
 from megatron_retro.model.model import RetroModel
 from megatron_retro.retrieval.neighbors import NeighborTable
 from megatron_retro.training.evaluation import sample_losses
-from megatron_retro.training.loop import train
 from megatron_retro.workdir import WorkDir
 
 # ------------------------------------------------------------------------------------------------ chunks and slots
@@ -343,21 +339,13 @@ def test_what_is_written_greedily_scores_as_greedy(reads: bool) -> None:
 
 
 @pytest.fixture(scope="module")
-def models(small_work: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+def models(
+    trained: pathlib.Path, small_work: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, pathlib.Path]:
     """Directories of a RETRO's and a GPT's checkpoints."""
-    directory = tmp_path_factory.mktemp("models")
-    shape = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 256 --init-method-std 0.3"
-    training = "--micro-batch-size 2 --lr 1e-2 --eval-iters 0 --train-iters 2"
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    for name, more in (("retro", "--retro-add-retriever --retro-layers 2,4"), ("gpt", "")):
-        leave_world()
-        where = ["--retro-work-dir", str(small_work), "--save", str(directory / name)]
-        config = parse(PretrainConfig, [*where, *f"{shape} {training} {more}".split()])
-        config.finish(world_size=1)
-        train(config)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return {name: directory / name for name in ("retro", "gpt")}
+    gpt = tmp_path_factory.mktemp("gpt")
+    run_forked("pretrain_retro.py", "--retro-work-dir", small_work, "--save", gpt, *TRAINING)
+    return {"retro": trained, "gpt": gpt}
 
 
 @pytest.fixture(scope="module")
@@ -448,12 +436,14 @@ def test_figures_agree_with_each_other_and_at_every_layout(
     assert render(result) == page
 
     where = ["--load", models["retro"], "--retro-work-dir", small_work]
-    shown = run(ROOT / "tests" / "evaluation_worker.py", tmp_path, *where, *flags)
-    for name in LAYOUTS:
-        other = json.loads((tmp_path / f"{name}.json").read_text())
+    output = tmp_path / "figures.json"
+    for layout in ("--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2", ""):
+        more = [*flags, *layout.split(), "--output", output]
+        shown = run_forked("tools/evaluate_retro.py", *where, *more, ranks=2)
+        other = json.loads(output.read_text())
         for part in ("bytes", "retrieval", "leakage", "questions"):
-            assert alike(other[part], json.loads(json.dumps(result[part]))), f"{part}, {name} parallel"
-    assert shown.count("loss − off") == shown.count("exact match") == len(LAYOUTS)
+            assert alike(other[part], json.loads(json.dumps(result[part]))), f"{part}, {layout or 'data parallel'}"
+        assert shown.count("loss − off") == shown.count("exact match") == 1
 
 
 def test_neighbors_are_read_up_to_the_number_asked_for(

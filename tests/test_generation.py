@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
-from launch import run
+from launch import run, run_forked
 from model_helpers import C, K, R, V, make_model, make_neighbors, make_tokens
 from torch import Tensor
 
@@ -236,16 +236,6 @@ def test_choices_follow_the_distribution(settings: dict, kept: list[float]) -> N
 TOOL = "tools/generate_retro_text.py"
 
 
-@pytest.fixture(scope="module")
-def trained(small_work: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    save = tmp_path_factory.mktemp("trained")
-    shape = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --retro-layers 2,4 --seq-length 256"
-    more = "--micro-batch-size 2 --lr 1e-2 --eval-iters 0 --train-iters 4 --init-method-std 0.3"
-    where = ["--retro-work-dir", small_work, "--save", save]
-    run("pretrain_retro.py", "--retro-add-retriever", *where, *shape.split(), *more.split())
-    return save
-
-
 def held_out(work: pathlib.Path) -> tuple[np.ndarray, list[int]]:
     """(chunk ids, tokens) of a document of the valid split, of three chunks and a half."""
     table = ChunkTable.open(WorkDir(work))
@@ -270,7 +260,7 @@ def test_the_tool_reads_what_training_read_at_every_layout(
     answers = []
     for number, (layout, ranks) in enumerate(layouts.items()):
         output = tmp_path / f"{number}.jsonl"
-        printed = run(TOOL, *arguments, "--output", output, *layout.split(), ranks=ranks)
+        printed = run_forked(TOOL, *arguments, "--output", output, *layout.split(), ranks=ranks)
         assert "of the time for retrieval" in printed
         answers.append([json.loads(line) for line in output.read_text().splitlines()])
     for answer in answers[1:]:
@@ -293,8 +283,8 @@ def test_text_for_people(trained: pathlib.Path, small_work: pathlib.Path) -> Non
     where = [TOOL, "--load", trained, "--retro-work-dir", small_work, "--prompt", "def main(", "--max-new-tokens", 64]
     shown = run(*where, "--show-neighbors", "--num-samples", 2)
     assert shown.count("def main(") >= 2 and shown.count("chunk 0: def main(") == 2 and "my_text_data:" in shown
-    assert "chunk" not in run(*where, "--retrieval", "off", "--show-neighbors").split("def main(", 1)[0]
-    assert "my_text_data:" in run(*where, "--retrieval", "random", "--show-neighbors")
+    assert "chunk" not in run_forked(*where, "--retrieval", "off", "--show-neighbors").split("def main(", 1)[0]
+    assert "my_text_data:" in run_forked(*where, "--retrieval", "random", "--show-neighbors")
 
 
 @pytest.mark.parametrize(
@@ -340,5 +330,5 @@ def test_prompt_files_that_cannot_be(tmp_path: pathlib.Path, name: str, content:
 def test_what_does_not_fit_together_is_one_line(trained: pathlib.Path, small_work: pathlib.Path) -> None:
     where = [TOOL, "--prompt", "x", "--load", trained, "--retro-work-dir"]
     assert "holds no manifest.json" in run(*where, "/nowhere", expect=2)
-    shown = run(*where, small_work, "--pipeline-model-parallel-size", 3, expect=2)
+    shown = run_forked(*where, small_work, "--pipeline-model-parallel-size", 3, expect=2)
     assert "generate_retro_text.py: error: --" in shown and "Traceback" not in shown

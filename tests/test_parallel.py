@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 import torch
-from launch import run
+from launch import run_forked
 
 WORKER = pathlib.Path(__file__).with_name("parallel_worker.py")
 
@@ -15,7 +15,7 @@ FOUR_RANKS = ["2x2:2,4", "2x2xSP:2,4", "2x2xSP:3", "2x1xSP:2,4", "1x2:2,4", "1x4
 
 
 def train(out: pathlib.Path, ranks: int, layouts: list[str]) -> dict:
-    run(WORKER, out, *layouts, ranks=ranks)
+    run_forked(WORKER, out, *layouts, ranks=ranks)
     return torch.load(out)
 
 

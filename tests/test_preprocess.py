@@ -1,7 +1,6 @@
 """The whole pipeline: any number of ranks, interrupted and continued, refused with both values, from every input."""
 
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ import faiss
 import numpy as np
 import pytest
 from conftest import SMALL, build, stdlib_texts, write_jsonl
+from launch import run_forked
 
 from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.data.tokenize import merge_parts, token_dtype
@@ -41,11 +41,6 @@ def copy_without(small_work, path, *stages):
     return work
 
 
-def run_tool(*arguments, launcher=(sys.executable,)):
-    command = [*launcher, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 # ------------------------------------------------------------------------------------------------ ranks
 
 
@@ -54,16 +49,14 @@ def test_three_ranks_build_what_one_builds(small_work, small_input, tmp_path):
     begun = WorkDir(tmp_path / "work")
     begun.settings["embedder_dtype"] = WorkDir(small_work).settings["embedder_dtype"]  # measured: may differ by load
     begun.write()
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3")
-    done = run_tool("--input", small_input, "--retro-work-dir", begun.path, *SMALL, launcher=launcher)
-    assert done.returncode == 0, done.stderr
+    shown = run_forked(TOOL, "--input", small_input, "--retro-work-dir", begun.path, *SMALL, ranks=3)
     kinds = ("tokenizer", "corpus", "chunks", "embeddings", "neighbors")
     ours, theirs = arrays(begun.path, *kinds), arrays(small_work, *kinds)
     assert list(ours) == list(theirs) and len(ours) > 15
     assert [name for name in ours if ours[name] != theirs[name]] == []
     assert len(list((begun.path / "index").glob("shard-*.faiss"))) == 3
     WorkDir(begun.path).verify()
-    assert "recall vs exact      @2 1.0000, @10 1.0000" in done.stderr
+    assert "recall vs exact      @2 1.0000, @10 1.0000" in shown
 
 
 def test_ranks_share_out_the_blocks_of_documents(tmp_path, monkeypatch):
@@ -212,7 +205,8 @@ def test_an_index_of_another_width_is_refused(small_work, tmp_path):
 
 
 def test_user_errors_are_one_line_and_exit_code_2(tmp_path):
-    done = run_tool("--retro-work-dir", tmp_path / "work")
+    command = [sys.executable, str(TOOL), "--retro-work-dir", str(tmp_path / "work")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
     assert done.returncode == 2
     assert done.stderr.startswith("preprocess_retro_data.py: error: --input or --data-path is needed")
     assert len(done.stderr.splitlines()) == 1

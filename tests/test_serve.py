@@ -412,16 +412,6 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def trained(small_work: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    save = tmp_path_factory.mktemp("served")
-    shape = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --retro-layers 2,4 --seq-length 256"
-    more = "--micro-batch-size 2 --lr 1e-2 --eval-iters 0 --train-iters 4 --init-method-std 0.3"
-    where = ["--retro-work-dir", small_work, "--save", save]
-    run("pretrain_retro.py", "--retro-add-retriever", *where, *shape.split(), *more.split())
-    return save
-
-
-@pytest.fixture(scope="module")
 def journal(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tmp_path_factory.mktemp("journal") / "notes.jsonl"
 

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from launch import ROOT, command, environment, run
+from launch import ROOT, command, environment, run, run_forked
 
 from megatron_retro.config.flags import parse
 from megatron_retro.config.training import PretrainConfig
@@ -46,7 +46,7 @@ def metrics(save: pathlib.Path, key: str = "lm_loss") -> dict[int, float]:
 def whole(small_work: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The --save directory of an uninterrupted run, with a checkpoint in the middle."""
     save = tmp_path_factory.mktemp("whole")
-    run(*flags(small_work, "--save", save, "--save-interval", SAVED, "--tensorboard-dir", save / "board"))
+    run_forked(*flags(small_work, "--save", save, "--save-interval", SAVED, "--tensorboard-dir", save / "board"))
     return save
 
 
@@ -74,7 +74,7 @@ def test_resumed_at_the_same_layout_bit_equal(
     whole: pathlib.Path, small_work: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     save = from_the_middle(whole, tmp_path)
-    run(*flags(small_work, "--load", save, "--save", save))
+    run_forked(*flags(small_work, "--load", save, "--save", save))
     for key in ("lm_loss", "grad_norm", "learning_rate", "valid_loss_on"):
         expected = {number: value for number, value in metrics(whole, key).items() if number > SAVED}
         assert metrics(save, key) == expected
@@ -88,7 +88,7 @@ def test_resumed_at_another_layout(
 ) -> None:
     save = from_the_middle(no_dropout, tmp_path)
     more = ["--hidden-dropout", 0, "--load", save, "--save", save, *layout.split()]
-    run(*flags(small_work, *more), ranks=2)
+    run_forked(*flags(small_work, *more), ranks=2)
     expected = {number: loss for number, loss in metrics(no_dropout).items() if number > SAVED}
     assert metrics(save) == pytest.approx(expected, rel=1e-5)
     assert metrics(save, "valid_loss_off") == pytest.approx(metrics(no_dropout, "valid_loss_off"), rel=1e-5)
@@ -113,7 +113,7 @@ def test_killed_run_goes_on_where_its_checkpoint_is(
         time.sleep(0.02)
     process.kill()
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert "resumed from" in run(*arguments)
+    assert "resumed from" in run_forked(*arguments)
     assert metrics(tmp_path) == metrics(whole)
 
 
@@ -132,7 +132,7 @@ def test_sigterm_saves_and_exits(small_work: pathlib.Path, tmp_path: pathlib.Pat
 
 def test_gpt_trains_on_the_same_samples(whole: pathlib.Path, small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:
     arguments = [flag for flag in flags(small_work, "--save", tmp_path) if flag != "--retro-add-retriever"]
-    text = run(*arguments)
+    text = run_forked(*arguments)
     assert "GPT" in text and "RETRO" not in text
     # Shared weights start equal and the samples are the same; the untrained encoder changes the loss only a little.
     assert metrics(tmp_path)[1] == pytest.approx(metrics(whole)[1], rel=0.02)
@@ -158,7 +158,9 @@ def test_evaluation_is_the_same_at_every_layout(
     for number, (ranks, layout) in enumerate([(1, ""), (2, "--pipeline-model-parallel-size 2"), (2, "")]):
         output = tmp_path / f"{number}.json"
         more = ["--output", output, "--micro-batch-size", 3, *layout.split()]
-        text = run("tools/evaluate_retro.py", "--load", whole, "--retro-work-dir", small_work, *more, ranks=ranks)
+        text = run_forked(
+            "tools/evaluate_retro.py", "--load", whole, "--retro-work-dir", small_work, *more, ranks=ranks
+        )
         results.append(json.loads(output.read_text()))
         assert all(mode in text for mode in ("on", "off", "random"))
     figures = results[0]["retrieval"]
@@ -200,7 +202,7 @@ def refused(text: str) -> str:
 
 
 def test_a_checkpoint_of_another_shape_is_refused(whole: pathlib.Path, small_work: pathlib.Path) -> None:
-    line = refused(run(*flags(small_work, "--load", whole, "--hidden-size", 96), expect=2))
+    line = refused(run_forked(*flags(small_work, "--load", whole, "--hidden-size", 96), expect=2))
     assert "--hidden-size is 64 in the checkpoint, 96 in this run" in line
 
 
@@ -248,7 +250,7 @@ def test_values_out_of_range_name_their_flag(flag: str, value: object) -> None:
     ],
 )
 def test_flags_that_do_not_fit_the_work_dir(small_work: pathlib.Path, arguments: list, message: str) -> None:
-    assert message in refused(run(*flags(small_work, *arguments), expect=2))
+    assert message in refused(run_forked(*flags(small_work, *arguments), expect=2))
 
 
 def test_an_exchanged_work_dir_is_refused(small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:
