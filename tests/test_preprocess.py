@@ -251,6 +251,49 @@ def test_what_cannot_be_is_refused_before_anything_is_written(small_input, tmp_p
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.parametrize(
+    "config", [{}, {"hidden_size": 384}, {"model_type": "nonsense", "hidden_size": 384}, {"hidden_size": 100}]
+)
+def test_an_embedder_that_cannot_be_loaded_is_refused_before_anything_is_written(small_input, tmp_path, config):
+    """The last one has the rest of a good checkpoint, whose heads do not divide its width any more."""
+    checkpoint = tmp_path / "checkpoint"
+    if config == {"hidden_size": 100}:
+        shutil.copytree(embedding.resolve("all-MiniLM-L6-v2")[0], checkpoint)
+        config = json.loads((checkpoint / "config.json").read_text()) | config
+        (checkpoint / "config.json").unlink()
+    checkpoint.mkdir(exist_ok=True)
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"--retro-embedder {checkpoint} cannot be loaded"):
+        build(tmp_path / "work", "--input", str(small_input), "--retro-embedder", str(checkpoint))
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--retro-index-str", "IVF4096,Flat"),
+            r"IVF4096,Flat has 4096 lists, more than the \d+ chunks of the database",
+        ),
+        (("--retro-index-str", "OPQ16,IVF999_HNSW32,RaBitQ"), "has 999 lists, more than"),
+        (("--retro-index-memory-gb", "1e-6"), r"--retro-index-memory-gb 1e-06 holds no index of \d+ chunks"),
+    ],
+)
+def test_an_index_that_the_database_does_not_fit_is_refused_before_embedding(small_work, tmp_path, flags, message):
+    """Both where the chunks are counted in this run and where an earlier one did."""
+    later = ("embeddings", "index", "neighbors")
+    for name, stages in (("counting", ("chunks", *later)), ("counted", later)):
+        work = copy_without(small_work, tmp_path / name, *stages)
+        for place in later:
+            shutil.rmtree(work.path / place)
+        for setting in ("retro_index_str", "retro_index_memory_gb", "index_factory", "index_shards", "tuned"):
+            del work.settings[setting]
+        work.write()
+        with pytest.raises(UserError, match=message):
+            build(work.path, *flags)
+        assert not (work.path / "embeddings").exists() and WorkDir(work.path).has("chunks")
+
+
 def test_an_index_that_must_be_tuned(small_work, tmp_path):
     """The fewest probes, told, written down, and enough; a graph's efSearch likewise."""
     for factory, name in (("IVF16,RaBitQ", "nprobe"), ("HNSW16,SQ4", "ef_search")):

@@ -132,17 +132,21 @@ def _settle_sources(work: WorkDir, config: PreprocessConfig, known: dict[str, di
                 f"is now {found}; restore the files, or build a new work dir"
             )
         if not source["tokens"]:
-            _check_texts(source, work.settings["json_key"])
+            _check_texts(work, source, is_key_settled=bool(known))
 
 
-def _check_texts(source: dict[str, Any], key: str) -> None:
+def _check_texts(work: WorkDir, source: dict[str, Any], *, is_key_settled: bool) -> None:
     """Refuse an input of which no record, among the first thousand, has text.
+
+    Args:
+        is_key_settled: the work dir has documents already, under its `--json-key`.
 
     Raises:
         UserError: tells why, and which keys there are.
     """
     from megatron_retro.data.documents import BadRecord, JsonLine, Source
 
+    key = work.settings["json_key"]
     reasons: collections.Counter[str] = collections.Counter()
     keys = ""
     for record in itertools.islice(Source.find(source["path"]).records(key), 1000):
@@ -154,9 +158,13 @@ def _check_texts(source: dict[str, Any], key: str) -> None:
         if isinstance(record, JsonLine) and not keys:
             keys = record.keys()
     why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "it holds no record"
+    made_with = f", with which --retro-work-dir {work.path} was made" if is_key_settled else ""
+    way_out = (
+        f"rename one of them to {key!r}, or build a new work dir" if is_key_settled else "give --json-key one of them"
+    )
     raise UserError(
-        f"--input {source['path']}: no document has text under --json-key {key} ({why})"
-        + (f"; the first one has the keys {keys}, give --json-key one of them" if keys else "; give other documents")
+        f"--input {source['path']}: no document has text under --json-key {key} ({why}){made_with}; "
+        + (f"the first one has the keys {keys}, {way_out}" if keys else "give other documents")
     )
 
 

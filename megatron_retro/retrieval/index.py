@@ -54,21 +54,35 @@ def choose_factory(wanted: str, num_chunks: int, width: int, memory_gb: float) -
 _FLAT_QUANTIZER = 4096  # lists up to which comparing with all centroids is as fast as a graph over them
 
 
-def check_factory(factory: str, width: int) -> None:
-    """Refuse what is no factory string for vectors of a width.
+def check_factory(factory: str, width: int) -> Any:
+    """The untrained index of a factory string.
 
     Raises:
-        UserError: FAISS does not know it.
+        UserError: FAISS cannot make it for vectors of this width.
     """
     import faiss
 
     try:
-        faiss.index_factory(width, factory, faiss.METRIC_L2)
+        return faiss.index_factory(width, factory, faiss.METRIC_L2)
     except RuntimeError as error:
         raise UserError(
             f"--retro-index-str {factory}: FAISS cannot make it for embeddings of width {width} ({_reason(error)}); "
             "give another factory string, or auto"
         ) from None
+
+
+def check_size(factory: str, num_chunks: int, width: int) -> None:
+    """Refuse an index with more inverted lists than a database has chunks.
+
+    Raises:
+        UserError: names both numbers.
+    """
+    lists = inverted_lists(check_factory(factory, width))
+    if lists is not None and lists.quantizer_trains_alone != 1 and lists.nlist > num_chunks:
+        raise UserError(
+            f"--retro-index-str {factory} has {lists.nlist} lists, more than the {num_chunks} chunks of the database; "
+            "give fewer lists, or auto"
+        )
 
 
 def train_index(factory: str, embeddings: EmbeddingTable, database: Database, width: int, seed: int) -> Any:

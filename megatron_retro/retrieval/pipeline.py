@@ -34,8 +34,11 @@ def preprocess(config: PreprocessConfig) -> None:
         from megatron_retro.retrieval.changes import change
 
         _start(work)
+        before = work.manifest
         change(work, config)
-        _summarize(WorkDir(work.path))
+        after = WorkDir(work.path)
+        if after.manifest != before:
+            _summarize(after)
         return
     if (work.path / NEXT).exists():
         unfinished = WorkDir(work.path, NEXT).settings["change"]["task"]
@@ -46,9 +49,12 @@ def preprocess(config: PreprocessConfig) -> None:
         say(f"nothing to do: {', '.join(config.tasks())} finished in {work.path}")
         return
     _start(work)
-    work.on_rank_0(lambda: stages.check_engines(work, config))
-    for task in distributed.all_gather(todo)[0]:
+    todo = distributed.all_gather(todo)[0]
+    width = distributed.together(lambda: stages.check_engines(work, config, todo) if distributed.rank() == 0 else None)
+    for task in todo:
         _run(task, work, config)
+        if task == "db-build":
+            work.on_rank_0(lambda: stages.check_index(work, config, todo, width))
     _summarize(work)
 
 

@@ -16,21 +16,52 @@ from megatron_retro.retrieval.progress import say
 from megatron_retro.workdir import WorkDir
 
 
-def check_engines(work: WorkDir, config: PreprocessConfig) -> None:
+def check_engines(work: WorkDir, config: PreprocessConfig, todo: list[str]) -> int | None:
     """Refuse an embedder or an index that cannot be, before hours of work on what comes before them.
 
-    Raises:
-        UserError: the embedder's directory holds no checkpoint, or FAISS does not know the factory string.
-    """
-    from megatron_retro.retrieval.embedding import checkpoint_width
-    from megatron_retro.retrieval.index import check_factory
+    Returns:
+        E; None where only the embedder could tell, and nothing is to be embedded.
 
-    given, settings = config.retrieval, work.settings
-    name = given.retro_embedder or settings.get("retro_embedder") or DEFAULTS["retro_embedder"]
-    width = work.facts("embeddings")["width"] if work.has("embeddings") else checkpoint_width(name)
-    factory = given.retro_index_str or settings.get("retro_index_str")
-    if factory not in (None, "auto") and width:
+    Raises:
+        UserError: the embedder cannot be loaded, or FAISS cannot make the index.
+    """
+    from megatron_retro.retrieval.embedding import Embedder, checkpoint_width
+
+    if work.has("embeddings"):
+        width = work.facts("embeddings")["width"]
+    else:
+        name = _setting(work, config, "retro_embedder")
+        width = checkpoint_width(name)
+        if "embed" in todo:
+            width = Embedder(name, "float32", 1).width
+    check_index(work, config, todo, width)
+    return width
+
+
+def check_index(work: WorkDir, config: PreprocessConfig, todo: list[str], width: int | None) -> None:
+    """Refuse an index that cannot be, as far as is known already: for a width, for a number of chunks.
+
+    Its size is a matter of the run that trains it, maybe on another machine.
+
+    Raises:
+        UserError: names the flag.
+    """
+    from megatron_retro.retrieval.index import check_factory, check_size, choose_factory
+
+    if width is None or work.has("index") or trained_index(work).exists():
+        return
+    factory = _setting(work, config, "retro_index_str")
+    if work.has("chunks") and "index-train" in todo:
+        num_chunks = work.facts("chunks")["database_chunks"]
+        memory = _setting(work, config, "retro_index_memory_gb") or _half_of_memory()
+        check_size(choose_factory(factory, num_chunks, width, memory), num_chunks, width)
+    elif factory != "auto":
         check_factory(factory, width)
+
+
+def _setting(work: WorkDir, config: PreprocessConfig, name: str) -> Any:
+    """The value that a task will settle."""
+    return work.settings.get(name) or config.given().get(name, DEFAULTS[name])
 
 
 # ------------------------------------------------------------------------------------------------ db-build
