@@ -16,7 +16,7 @@ from megatron_retro.config.model import ModelConfig, ParallelConfig, RetroConfig
 from megatron_retro.data.chunks import ChunkTable, Corpus
 from megatron_retro.data.samples import Samples
 from megatron_retro.model.model import RetroModel
-from megatron_retro.training.loop import _agree, _step
+from megatron_retro.training.loop import agree, train_step
 
 CHUNK, CHUNKS_A_SAMPLE, VOCAB, STEPS, GLOBAL_BATCH = 8, 4, 128, 5, 8
 SPLIT = (1.0, 0.0, 0.0)
@@ -80,8 +80,8 @@ def run(layout: str) -> dict:
     result: dict = {"loss": [], "norm": [], "gradients": []}
     for step in range(STEPS):
         ids = step * GLOBAL_BATCH + np.arange(GLOBAL_BATCH)
-        reports, norm = _step(model, optimizer, samples, ids, micro_batch_size=2)
-        result["loss"].append(_agree(reports, False)[0])
+        reports, norm = train_step(model, optimizer, samples, ids, micro_batch_size=2)
+        result["loss"].append(agree(reports, False)[0])
         result["norm"].append(norm)
         result["gradients"].append(whole_gradients(mcore.unwrap(model)))
     mcore.parallel_state.destroy_model_parallel()

@@ -9,7 +9,7 @@ from megatron_retro.data.chunks import ChunkTable, Corpus
 from megatron_retro.data.samples import Samples
 from megatron_retro.model.model import RetroModel
 from megatron_retro.training.evaluation import sample_losses
-from megatron_retro.training.loop import _step
+from megatron_retro.training.loop import train_step
 
 CHUNK, CHUNKS, VOCAB, STEPS, BATCH = 8, 8, 32, 70, 16
 
@@ -59,7 +59,7 @@ def test_it_learns_to_copy_from_its_neighbors() -> None:
     optimizer = mcore.build_optimizer(model, lr=4e-3, weight_decay=0.0, clip_grad=1.0)
     samples = twin_samples(STEPS * BATCH)
     for step in range(STEPS):
-        _step(model, optimizer, samples, step * BATCH + np.arange(BATCH), BATCH)
+        train_step(model, optimizer, samples, step * BATCH + np.arange(BATCH), BATCH)
     loss = {
         mode: sample_losses(model, samples, num_samples=64, micro_batch_size=16, retrieval=mode).mean
         for mode in ("on", "off", "random")

@@ -62,19 +62,7 @@ def train(config: PretrainConfig) -> None:
         data.vocab_size, config.model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
     )
     chunk_length = data.table.chunk_length
-    model = mcore.wrap_for_training(
-        RetroModel(config.model, config.active_retro, parallel, vocab_size, chunk_length, config.data.seed)
-    )
-    optimizer = mcore.build_optimizer(
-        model,
-        lr=optimization.lr,
-        min_lr=optimization.min_lr,
-        weight_decay=optimization.weight_decay,
-        adam_beta1=optimization.adam_beta1,
-        adam_beta2=optimization.adam_beta2,
-        adam_eps=optimization.adam_eps,
-        clip_grad=optimization.clip_grad,
-    )
+    model, optimizer = make_model_and_optimizer(config, vocab_size, chunk_length)
     schedule = _schedule(config, optimizer)
 
     # ---- resume
@@ -132,7 +120,7 @@ def train(config: PretrainConfig) -> None:
     while iteration < optimization.train_iters:
         mcore.reseed(config.data.seed + iteration)  # so that a resumed run draws what this one would have drawn
         ids = consumed_samples + np.arange(optimization.global_batch_size)
-        reports, grad_norm = _step(model, optimizer, train_samples, ids, optimization.micro_batch_size)
+        reports, grad_norm = train_step(model, optimizer, train_samples, ids, optimization.micro_batch_size)
         learning_rate = _learning_rate(optimizer)
         schedule.step(increment=optimization.global_batch_size)
         iteration += 1
@@ -140,7 +128,7 @@ def train(config: PretrainConfig) -> None:
 
         minutes = (time.monotonic() - started) / 60
         wants_exit = stop.received or (run.exit_duration_in_mins or float("inf")) <= minutes
-        loss, wants_exit = _agree(reports, wants_exit)
+        loss, wants_exit = agree(reports, wants_exit)
         wants_exit |= run.exit_interval is not None and iteration - first_iteration >= run.exit_interval
         last = iteration == optimization.train_iters
         if iteration % run.log_interval == 0 or last or wants_exit or iteration == first_iteration + 1:
@@ -170,7 +158,34 @@ def train(config: PretrainConfig) -> None:
     mcore.shut_down()
 
 
-def _step(
+def make_model_and_optimizer(
+    config: PretrainConfig, vocab_size: int, chunk_length: int
+) -> tuple[mcore.DistributedDataParallel, Any]:
+    """This rank's part of the model with its initial weights, and what updates it.
+
+    Args:
+        config: finished, with data.
+        vocab_size: padded vocabulary.
+        chunk_length: C.
+    """
+    optimization = config.optimization
+    model = mcore.wrap_for_training(
+        RetroModel(config.model, config.active_retro, config.parallel, vocab_size, chunk_length, config.data.seed)
+    )
+    optimizer = mcore.build_optimizer(
+        model,
+        lr=optimization.lr,
+        min_lr=optimization.min_lr,
+        weight_decay=optimization.weight_decay,
+        adam_beta1=optimization.adam_beta1,
+        adam_beta2=optimization.adam_beta2,
+        adam_eps=optimization.adam_eps,
+        clip_grad=optimization.clip_grad,
+    )
+    return model, optimizer
+
+
+def train_step(
     model: mcore.DistributedDataParallel, optimizer: Any, samples: Samples, ids: np.ndarray, micro_batch_size: int
 ) -> tuple[list[dict[str, Any]], float]:
     """One update on the samples `ids` of the global batch; returns (reports on the last stage, gradient norm)."""
@@ -200,7 +215,7 @@ def _batches(first: Batch, samples: Samples, rest: np.ndarray) -> Iterator[Batch
         yield samples.batch(ids)
 
 
-def _agree(reports: list[dict[str, Any]], wants_exit: bool) -> tuple[float, bool]:
+def agree(reports: list[dict[str, Any]], wants_exit: bool) -> tuple[float, bool]:
     """The loss of the global batch in nats a predicted token, and whether any rank wants to exit; on every rank."""
     sums = torch.zeros(3, dtype=torch.float64)
     if mcore.parallel_state.get_tensor_model_parallel_rank() == 0:
