@@ -482,6 +482,7 @@ def test_questions_without_texts_find_their_own(
         ("--qa /nowhere", "--qa /nowhere cannot be read"),
         ("--report /proc/nowhere/report.html", "--report /proc/nowhere cannot be written to"),
         ("--seq-length 100", "--seq-length 100 is no multiple"),
+        ("--data-path nothing", "--data-path: the work dir has no corpus 'nothing'; it has my_text_data"),
         ("--max-samples 0", "--max-samples is 0; it must be at least 1"),
         ("--qa-max-new-tokens 0", "--qa-max-new-tokens is 0"),
         ("--qa-prompt x", "--qa-prompt is 'x'; it must hold {{question}}"),

@@ -14,6 +14,7 @@ class EvaluationConfig:
     load: str | None = flag(None, "directory of checkpoints, the newest is taken (required)")
     retro_work_dir: str | None = flag(None, "work dir with the text and its neighbors (required)")
     split: str = flag("valid", "documents to evaluate on", choices=("train", "valid", "test", "none"))
+    data_path: tuple[str, ...] = flag((), "corpora of the work dir to evaluate on", many=True, show="all of them")
     gpt: str | None = flag(None, "directory of a GPT's checkpoints, to compare with on the same tokens")
     also_db: str | None = flag(None, "another work dir, whose database is read as well", show="none")
     retro_num_neighbors: int | None = flag(None, "neighbors read by each chunk (K)", show="the checkpoint's")

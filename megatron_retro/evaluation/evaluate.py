@@ -137,7 +137,8 @@ def _retro_of(trained: Trained, given: EvaluationConfig) -> RetroConfig | None:
 def _text(
     given: EvaluationConfig, data: TrainingData, work: WorkDir, retro: RetroConfig | None, seq_length: int
 ) -> TextEvaluation:
-    samples = data.samples(given.split, DataConfig(), retro, seq_length=seq_length, num_samples=None, training=False)
+    corpora = DataConfig(data_path=given.data_path)
+    samples = data.samples(given.split, corpora, retro, seq_length=seq_length, num_samples=None, training=False)
     number, other_path, num_neighbors = len(samples), given.also_db, retro.retro_num_neighbors if retro else 0
     other = distributed.together(lambda: OtherDatabase(other_path, work)) if other_path else None
     if other and num_neighbors > other.num_neighbors:
