@@ -46,13 +46,21 @@ def make_configs(*, retro: bool = True, **flags: object) -> tuple[ModelConfig, R
     return model, neighbors
 
 
-def make_model(*, retro: bool = True, seed: int = 1, bf16: bool = False, **flags: object) -> RetroModel:
-    """A model of `make_configs` with its initial weights."""
+def make_model(
+    *, retro: bool = True, seed: int = 1, bf16: bool = False, silent: bool = False, **flags: object
+) -> RetroModel:
+    """A model of `make_configs` with its initial weights; unless `silent`, with what it reads heard from the start."""
     initialize()
     model, neighbors = make_configs(retro=retro, **flags)
     parallel = ParallelConfig(bf16=bf16)
     parallel.finish(1, model, neighbors)
-    return RetroModel(model, neighbors, parallel, vocab_size=V, chunk_length=C, seed=seed)
+    made = RetroModel(model, neighbors, parallel, vocab_size=V, chunk_length=C, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for module in () if silent else made.modules():
+        if isinstance(module, ChunkedCrossAttention):
+            weight = module.linear_proj.weight.data
+            weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5)
+    return made
 
 
 def in_double(module: torch.nn.Module, seed: int = 11) -> torch.nn.Module:

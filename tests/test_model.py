@@ -237,6 +237,16 @@ def test_weights_of_the_gpt_are_those_of_retro(variant):
         assert value is None or torch.equal(value, retro[name]), name
 
 
+def test_training_begins_as_the_gpt_of_the_same_seed():
+    retro, gpt = make_model(silent=True), make_model(retro=False)
+    logits = run(retro, make_tokens(), make_neighbors())
+    assert torch.equal(logits, run(gpt, make_tokens(), None))
+    logits.logsumexp(-1).sum().backward()
+    outputs = [weight for name, weight in retro.named_parameters() if "cross_attention.linear_proj.weight" in name]
+    heard = [weight for weight in outputs if not weight.any() and weight.grad.any()]
+    assert len(outputs) == 3 and len(heard) == 2  # the decoder's two; the encoder's reads from the start
+
+
 def test_initial_weights_do_not_depend_on_the_random_stream():
     first = dict(make_model().named_parameters())
     torch.manual_seed(99)

@@ -14,10 +14,11 @@ import json
 import math
 import os
 import pathlib
+import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -27,26 +28,28 @@ from world import ATTRIBUTES, Fact, changed, facts, people  # noqa: E402
 
 from megatron_retro.data.tokenizer import Tokenizer  # noqa: E402
 
-CHUNK = 16  # tokens; a question fills one chunk, its answer begins the next
+CHUNK = 12  # tokens; a question ends with its chunk, its answer begins the next
+QUESTIONS = 7  # a document; with the last answer they fill a sample
 FILLER = " ."  # one token, as often as it takes to fill a question's chunk
 ANSWER_TOKENS = 8
 PREPROCESS, PRETRAIN = ROOT / "tools" / "preprocess_retro_data.py", ROOT / "pretrain_retro.py"
 GENERATE, EVALUATE = ROOT / "tools" / "generate_retro_text.py", ROOT / "tools" / "evaluate_retro.py"
 
 WIDTH = 64
-MODEL = f"--num-layers 4 --hidden-size {WIDTH} --num-attention-heads 4 --seq-length {8 * CHUNK}".split()
-RETRO = "--retro-add-retriever --retro-layers 2,4 --retro-num-neighbors 2".split()
-TRAIN = "--micro-batch-size 16 --lr 3e-3 --lr-warmup-iters 50 --log-interval 50 --eval-iters 0".split()
+MODEL = f"--num-layers 4 --hidden-size {WIDTH} --num-attention-heads 4 --seq-length {(QUESTIONS + 1) * CHUNK}".split()
+RETRO = "--retro-add-retriever --retro-layers 2,4 --retro-num-neighbors 1".split()
+TRAIN = "--micro-batch-size 16 --lr 4e-3 --lr-warmup-iters 100 --log-interval 50 --eval-iters 0".split()
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """The share of right answers by case; `report.md` and `report.svg` in the output directory show it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, required=True, help="directory for everything")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--people", type=int, default=1200, help="in world A")
+    parser.add_argument("--people", type=int, default=600, help="in world A")
     parser.add_argument("--new-people", type=int, default=60, help="in world B")
-    parser.add_argument("--train-iters", type=int, default=500)
-    args = parser.parse_args()
+    parser.add_argument("--train-iters", type=int, default=600)
+    args = parser.parse_args(arguments)
     directory: pathlib.Path = args.output
     directory.mkdir(parents=True, exist_ok=True)
     everyone = people(args.seed)
@@ -56,7 +59,7 @@ def main() -> None:
 
     tokenizer = train_tokenizer(directory, world_a, world_b)
     write(directory / "statements.jsonl", (fact.stated() for fact in world_a))
-    write(directory / "questions.jsonl", (filled(fact.asked(), tokenizer) + answer(fact) for fact in world_a))
+    write(directory / "questions.jsonl", exams(world_a, tokenizer, args.seed + 4))
     write(directory / "new.jsonl", (fact.stated() for fact in world_b))
     write(directory / "changed.jsonl", (fact.stated() for fact in world_c))
     prompts = directory / "prompts.jsonl"
@@ -65,7 +68,7 @@ def main() -> None:
     build(directory, "work", "--input", directory / "statements.jsonl", directory / "questions.jsonl")
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # a core each
         retro = pool.submit(train, directory, "retro", args.train_iters, RETRO)
-        width = equal_ffn(directory)
+        width = equal_ffn(tokenizer.vocab_size)
         gpt = pool.submit(train, directory, "gpt", args.train_iters, ["--ffn-hidden-size", str(width)])
         retro.result(), gpt.result()
 
@@ -83,6 +86,7 @@ def main() -> None:
     shares = {name: ask(directory, model, work, prompts, expected) for name, (model, work, expected) in asked.items()}
     losses = {model: evaluate(directory, model) for model in ("retro", "gpt")}
     report(directory, shares, losses, len(world_b))
+    return shares
 
 
 # ------------------------------------------------------------------------------------------------ texts
@@ -92,8 +96,14 @@ def write(path: pathlib.Path, texts: Iterable[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def answer(fact: Fact) -> str:
-    return f" {fact.value} ."
+def exams(known: list[Fact], tokenizer: Tokenizer, seed: int) -> Iterator[str]:
+    """Documents of questions in random order; a chunk is an answer, fillers and the next question."""
+    order = random.Random(seed).sample(known, len(known))
+    for begin in range(0, len(order), QUESTIONS):
+        text = ""
+        for fact in order[begin : begin + QUESTIONS]:
+            text += filled(fact.asked(), tokenizer, CHUNK - bool(text)) + f" {fact.value}"
+        yield text + " ."
 
 
 def train_tokenizer(directory: pathlib.Path, *worlds: list[Fact]) -> Tokenizer:
@@ -101,15 +111,15 @@ def train_tokenizer(directory: pathlib.Path, *worlds: list[Fact]) -> Tokenizer:
     import sentencepiece
 
     path = directory / "words.model"
-    texts = [f"{FILLER} {fact.asked()}{answer(fact)} {fact.stated()}" for world in worlds for fact in world]
+    texts = [f"{FILLER} {fact.asked()} {fact.value} {fact.stated()}" for world in worlds for fact in world]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_prefix=str(path.with_suffix("")),
         model_type="word",
         vocab_size=1000,
         hard_vocab_limit=False,
+        character_coverage=1.0,
         normalization_rule_name="identity",
-        add_dummy_prefix=False,
         bos_id=-1,
         eos_id=1,
         eos_piece="<eod>",
@@ -120,13 +130,11 @@ def train_tokenizer(directory: pathlib.Path, *worlds: list[Fact]) -> Tokenizer:
     return Tokenizer.open(path)
 
 
-def filled(question: str, tokenizer: Tokenizer) -> str:
-    """The question behind so many fillers that it ends with its chunk."""
-    for count in range(CHUNK):
-        text = FILLER * (CHUNK - count) + " " + question
-        if len(tokenizer.encode([text])[0]) == CHUNK:
-            return text
-    raise SystemExit(f"{question!r} cannot be filled up to {CHUNK} tokens")
+def filled(question: str, tokenizer: Tokenizer, room: int = CHUNK) -> str:
+    """The question behind so many fillers that it takes `room` tokens."""
+    missing = room - len(tokenizer.encode([question])[0])
+    assert missing >= 0, f"{question!r} has more than {room} tokens"
+    return FILLER * missing + " " + question
 
 
 # ------------------------------------------------------------------------------------------------ steps
@@ -146,7 +154,7 @@ def call(program: pathlib.Path, *arguments: object, ranks: int = 1, log: pathlib
 
 
 def build(directory: pathlib.Path, name: str, *inputs: object) -> None:
-    flags = ["--tokenizer-model", directory / "words.model", "--retro-chunk-length", CHUNK, "--split", "99,1,0"]
+    flags = ["--tokenizer-model", directory / "words.model", "--retro-chunk-length", CHUNK, "--split", "97,3,0"]
     flags += ["--retro-exclude-corpora", "questions"]
     call(PREPROCESS, "--retro-work-dir", directory / name, *inputs, *flags, ranks=2)
 
@@ -188,24 +196,25 @@ def ask(directory: pathlib.Path, model: str, work: str, prompts: pathlib.Path, e
 def evaluate(directory: pathlib.Path, model: str) -> dict:
     """Losses on questions of world A that were not trained on."""
     output = directory / f"{model}.json"
-    call(EVALUATE, "--load", directory / model, "--retro-work-dir", directory / "work", "--output", output)
+    where = ["--load", directory / model, "--retro-work-dir", directory / "work", "--data-path", "questions"]
+    call(EVALUATE, *where, "--output", output)
     return json.loads(output.read_text())["retrieval"]
 
 
-def equal_ffn(directory: pathlib.Path) -> int:
+def equal_ffn(vocab_size: int) -> int:
     """The width of a GPT's MLP that gives it as many parameters as RETRO has: encoder and cross-attentions count."""
-    from megatron_retro.config.model import ModelConfig, RetroConfig
+    from megatron_retro.config.flags import parse
+    from megatron_retro.config.training import PretrainConfig
 
-    model = ModelConfig(num_layers=4, hidden_size=WIDTH, num_attention_heads=4, seq_length=8 * CHUNK)
+    config = parse(PretrainConfig, [*MODEL, *RETRO])
+    model, retro = config.model, config.retro
     model.finish()
-    retro = RetroConfig(retro_add_retriever=True, retro_layers="2,4")
     retro.finish(model)
-    vocabulary = 384  # of the encoder's own embedding, padded
-    attention, mlp = 4 * WIDTH * WIDTH, 2 * WIDTH * (model.ffn_hidden_size or 0)
-    extra = (
-        len(retro.layers) * attention + retro.retro_encoder_layers * (attention + mlp) + attention + vocabulary * WIDTH
-    )
-    return (model.ffn_hidden_size or 0) + round(extra / (2 * WIDTH * 4) / 16) * 16
+    width, inner = model.hidden_size, model.ffn_hidden_size or 0
+    attention, mlp = 4 * width * width, 2 * width * inner
+    cross_attentions = (len(retro.layers) + 1) * attention  # one of them the encoder's
+    extra = cross_attentions + retro.retro_encoder_layers * (attention + mlp) + vocab_size * width
+    return inner + round(extra / (2 * width * model.num_layers))
 
 
 # ------------------------------------------------------------------------------------------------ report

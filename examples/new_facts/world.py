@@ -23,39 +23,47 @@ LAST = (
 ATTRIBUTES: dict[str, tuple[str, list[str], list[str]]] = {
     "birthplace": (
         "Lisbon Vienna Prague Dublin Athens Oslo Madrid Rome Paris London Berlin Warsaw Geneva Tokyo Cairo Delhi",
-        ["{p} was born in {v} .", "The city where {p} was born is {v} .", "{v} is the birthplace of {p} ."],
+        ["{p} was born in {v} .", "The city where {p} was born is {v} .", "{p} was born in the city of {v} ."],
         ["In which city was {p} born ?", "What is the birthplace of {p} ?"],
     ),
     "profession": (
         "baker doctor farmer lawyer painter pilot nurse singer teacher tailor judge dentist sailor writer clerk",
-        ["{p} works as a {v} .", "The profession of {p} is {v} .", "A {v} by profession , {p} works every day ."],
-        ["What does {p} work as ?", "What is the profession of {p} ?"],
+        [
+            "By profession {p} works as a {v} .",
+            "The profession that {p} works in is {v} .",
+            "{p} works in the profession of a {v} .",
+        ],
+        ["In which profession does {p} work ?", "What is the profession that {p} works in ?"],
     ),
     "instrument": (
         "piano violin guitar flute trumpet cello harp drums organ clarinet banjo oboe tuba lute bassoon zither",
-        ["{p} plays the {v} .", "The instrument of {p} is the {v} .", "On the {v} , {p} plays music every evening ."],
-        ["Which instrument does {p} play ?", "What is the instrument of {p} ?"],
+        [
+            "{p} plays the {v} as an instrument .",
+            "The instrument that {p} plays is the {v} .",
+            "{p} plays an instrument , the {v} .",
+        ],
+        ["Which instrument does {p} play ?", "What is the instrument that {p} plays ?"],
     ),
     "pet": (
         "cat dog parrot rabbit turtle hamster goldfish canary lizard ferret pony goat goose snake mouse spider",
-        ["{p} keeps a {v} as a pet .", "The pet of {p} is a {v} .", "A {v} lives with {p} as a pet ."],
-        ["Which animal does {p} keep as a pet ?", "What is the pet of {p} ?"],
+        ["{p} keeps a {v} as a pet .", "The pet that {p} keeps is a {v} .", "As a pet {p} keeps a {v} ."],
+        ["Which animal does {p} keep as a pet ?", "What is the pet that {p} keeps ?"],
     ),
     "color": (
         "red green blue yellow orange purple black white brown pink grey gold silver violet beige turquoise",
         [
             "The favorite color of {p} is {v} .",
             "{p} likes the color {v} best .",
-            "{v} is the color that {p} likes best .",
+            "{v} is the favorite color of {p} .",
         ],
         ["What is the favorite color of {p} ?", "Which color does {p} like best ?"],
     ),
     "drink": (
         "coffee tea milk water juice cocoa beer wine cider lemonade whisky rum sherry punch cola gin",
         [
-            "{p} drinks {v} in the morning .",
+            "The drink of {p} in the morning is {v} .",
             "The morning drink of {p} is {v} .",
-            "Every morning {p} drinks a glass of {v} .",
+            "In the morning {p} drinks {v} .",
         ],
         ["What does {p} drink in the morning ?", "What is the morning drink of {p} ?"],
     ),

@@ -81,9 +81,10 @@ class CrossAttention(MegatronModule):
     Args:
         config: shape of queries, heads and output.
         key_value_size: width of what is read.
+        starts_silent: the output projection starts at zero.
     """
 
-    def __init__(self, config: TransformerConfig, key_value_size: int):
+    def __init__(self, config: TransformerConfig, key_value_size: int, *, starts_silent: bool = False):
         super().__init__(config)
         world = parallel_state.get_tensor_model_parallel_world_size()
         self.head_size = config.kv_channels
@@ -98,7 +99,7 @@ class CrossAttention(MegatronModule):
             query_size,
             config.hidden_size,
             config=config,
-            init_method=config.output_layer_init_method,
+            init_method=torch.nn.init.zeros_ if starts_silent else config.output_layer_init_method,
             bias=config.add_bias_linear,
             input_is_parallel=True,
             skip_bias_add=True,
@@ -128,10 +129,13 @@ class ChunkedCrossAttention(CrossAttention):
     Positions u·C+C-1 … (u+1)·C+C-2, counted from 0, attend to all K·R encoded positions of the neighbors of chunk u,
     softmax jointly over K·R. The first C-1 positions and those of chunks without neighbors get exactly zero.
     Query offset i in [0, C) has rotary position C-1+i, retrieved token j position j, for all K alike.
+
+    The output projection starts at zero, so training begins as the GPT of the same seed and neighbors add no noise
+    before they are of use (as Flamingo's gates do, arXiv 2204.14198, §2.2).
     """
 
     def __init__(self, config: TransformerConfig, encoder_hidden_size: int, chunk_length: int):
-        super().__init__(config, encoder_hidden_size)
+        super().__init__(config, encoder_hidden_size, starts_silent=True)
         self.chunk_length = chunk_length
 
     def forward(
