@@ -259,7 +259,7 @@ def plot(shares: dict[str, float], count: int, chance: float) -> str:
         parts.append(f'<text x="{left - 10}" y="{top + 15}" text-anchor="end">{name.strip()}</text>')
         parts.append(f'<rect x="{left}" y="{top}" width="{width * share:.1f}" height="20" fill="#2f5fc4"/>')
         parts.append(f'<path d="{from_to}" stroke="#111" stroke-width="1.5"/>')
-        parts.append(f'<text x="{left + width * high + 8:.1f}" y="{top + 15}">{share:.1%}</text>')
+        parts.append(f'<text x="{left + width * max(high, chance) + 8:.1f}" y="{top + 15}">{share:.1%}</text>')
     bottom, at = 12 + step * len(shares), left + width * chance
     parts.append(f'<path d="M{at:.1f} 4V{bottom}" stroke="#c33" stroke-dasharray="4 3"/>')
     parts.append(f'<text x="{at:.1f}" y="{bottom + 16}" text-anchor="middle" fill="#c33">chance</text>')
