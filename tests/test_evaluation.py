@@ -289,6 +289,7 @@ def test_questions_end_with_a_chunk() -> None:
         (b"[1]", ":1: it is no JSON object"),
         (b"what?", ":1: Expecting value"),
         (b'{"question": "", "answers": ["y"]}', '"question" is no text'),
+        (b'{"question": "\\ud800", "answers": ["y"]}', ":1: .*surrogates not allowed"),
         (b'{"question": "x", "answers": []}', '"answers" is no list of texts'),
         (b'{"question": "x", "answers": "y"}', '"answers" is no list of texts'),
         (b'{"question": "x", "answers": ["y"], "ctxs": "z"}', '"ctxs" is no list'),

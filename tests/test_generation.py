@@ -317,6 +317,7 @@ def test_flags_that_cannot_be(flags: str, message: str) -> None:
         ("a.jsonl", b'{"prompt": "x"}\n{"text": "x"}\n', r'a.jsonl:2: no "prompt"'),
         ("b.jsonl", b'{"prompt": 3}\n', r'b.jsonl:1: no "prompt" \(it is no string\)'),
         ("c.jsonl", b'{"prompt": ""}\n', r"c.jsonl:1 is empty"),
+        ("d.jsonl", b'{"prompt": "\\ud800"}\n', r"d.jsonl:1 is no Unicode text"),
     ],
 )
 def test_prompt_files_that_cannot_be(tmp_path: pathlib.Path, name: str, content: bytes | None, message: str) -> None:
@@ -330,5 +331,7 @@ def test_prompt_files_that_cannot_be(tmp_path: pathlib.Path, name: str, content:
 def test_what_does_not_fit_together_is_one_line(trained: pathlib.Path, small_work: pathlib.Path) -> None:
     where = [TOOL, "--prompt", "x", "--load", trained, "--retro-work-dir"]
     assert "holds no manifest.json" in run(*where, "/nowhere", expect=2)
+    shown = run_forked(*where, small_work, "--retro-num-neighbors", 1_000_000, expect=2)
+    assert "--retro-num-neighbors 1000000 is more than the 10 that the work dir holds for each chunk" in shown
     shown = run_forked(*where, small_work, "--pipeline-model-parallel-size", 3, expect=2)
     assert "generate_retro_text.py: error: --" in shown and "Traceback" not in shown

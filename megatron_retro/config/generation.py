@@ -81,7 +81,7 @@ class GenerateConfig:
         """The prompts.
 
         Raises:
-            UserError: one is empty, or the file cannot be read.
+            UserError: one is empty or no Unicode text, or the file cannot be read.
         """
         if self.generation.prompt is not None:
             prompts = {"--prompt": self.generation.prompt}
@@ -90,6 +90,10 @@ class GenerateConfig:
         for where, prompt in prompts.items():
             if not prompt:
                 raise UserError(f"{where} is empty; give at least a word to go on from")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"{where} is no Unicode text ({error}); write it in UTF-8") from None
         return list(prompts.values())
 
 

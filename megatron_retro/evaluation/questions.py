@@ -63,6 +63,7 @@ def read_questions(path: pathlib.Path) -> list[Question]:
 def _question(record: Any) -> Question:
     if not isinstance(record, dict):
         raise TypeError("it is no JSON object")
+    json.dumps(record, ensure_ascii=False).encode()  # a ValueError where it holds what is no Unicode text
     question, expected, ctxs = record["question"], record["answers"], record.get("ctxs") or []
     if not (isinstance(question, str) and question.strip()):
         raise TypeError('"question" is no text')

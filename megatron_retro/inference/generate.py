@@ -187,7 +187,9 @@ class Text:
         for read in self._read if show_neighbors else ():
             lines.append(f"{dim}chunk {read['chunk']}: {_one_line(read['text'], columns - 12)}{plain}")
             for neighbor in read["neighbors"]:
-                head = f"  {neighbor['rank']}. {neighbor['document']}, distance {neighbor['distance']:.3f}: "
+                distance = neighbor["distance"]
+                near = "random" if distance is None else f"distance {distance:.3f}"
+                head = f"  {neighbor['rank']}. {neighbor['document']}, {near}: "
                 said = neighbor["text"] + neighbor["continuation"]
                 lines.append(f"{dim}{head}{_one_line(said, max(20, columns - len(head)))}{plain}")
         return "\n".join(lines)

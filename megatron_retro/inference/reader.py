@@ -12,6 +12,7 @@ from megatron_retro import distributed, mcore
 from megatron_retro.data.chunks import ChunkTable, Stream
 from megatron_retro.data.samples import repeats
 from megatron_retro.data.tokenizer import Tokenizer
+from megatron_retro.errors import UserError
 from megatron_retro.retrieval.live import LiveRetriever
 from megatron_retro.training.data import split_weights
 from megatron_retro.workdir import WorkDir
@@ -41,7 +42,7 @@ class Reads:
 
     Attributes:
         ids_nxK: int64 chunk ids, best first, -1 for none.
-        distances_nxK: float32, inf for none.
+        distances_nxK: float32, inf for none and for random ones.
         tokens_nxKxR: int64, on this rank's device.
         lengths_nxK: int64 on this rank's device, 0 for no neighbor.
     """
@@ -120,7 +121,7 @@ class Reader:
         stream = self._library.stream if self._library else self._own_stream
         if not len(stream):
             return np.full(shape, -1), np.full(shape, np.inf)
-        return stream.chunks(self._draw.integers(len(stream), size=shape)), np.zeros(shape)
+        return stream.chunks(self._draw.integers(len(stream), size=shape)), np.full(shape, np.inf)
 
 
 def open_reader(
@@ -139,7 +140,16 @@ def open_reader(
         num_neighbors: K.
         seed: of random neighbors.
         library: searched where given; else rank 0 opens the work dir's own for retrieval "on".
+
+    Raises:
+        UserError: K is more than the work dir holds for a chunk.
     """
+    saved = work.facts("neighbors")["num_neighbors"]
+    if num_neighbors > saved:
+        raise UserError(
+            f"--retro-num-neighbors {num_neighbors} is more than the {saved} that the work dir holds for each chunk; "
+            "build one with a larger --retro-query-num-neighbors-save"
+        )
     if library is None:
         opens = retrieval == "on" and distributed.rank() == 0
         library = distributed.together(lambda: LiveRetriever(work) if opens else None)
@@ -147,7 +157,7 @@ def open_reader(
         table,
         library,
         num_neighbors=num_neighbors,
-        fetched=work.facts("neighbors")["num_neighbors"],
+        fetched=saved,
         retrieval=retrieval,
         database=table.database_documents(split_weights(work)),
         seed=seed,

@@ -22,7 +22,7 @@ def describe_neighbors(
 
     Args:
         ids: [K] int64, best first, -1 for none.
-        distances: [K] float32.
+        distances: [K] float32; one that is not finite, of a random neighbor, becomes None.
     """
     ids, distances = ids[ids >= 0], distances[ids >= 0]
     length = table.chunk_length
@@ -33,7 +33,7 @@ def describe_neighbors(
     return [
         {
             "rank": rank + 1,
-            "distance": round(float(distances[rank]), 4),
+            "distance": round(float(distances[rank]), 4) if np.isfinite(distances[rank]) else None,
             "chunk": int(ids[rank]),
             "document": document,
             "text": texts[rank],
