@@ -125,8 +125,10 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _not_routed(request: Request, error: Exception) -> Response:
     """No such path, or another method."""
     assert isinstance(error, HTTPException)
-    message = "this path takes other methods" if error.status_code == 405 else "there is no such path"
-    return await _refused(request, Refusal(error.status_code, message, "not_found", headers=dict(error.headers or {})))
+    message, code = "there is no such path", "not_found"
+    if error.status_code == 405:
+        message, code = "this path takes other methods", "method_not_allowed"
+    return await _refused(request, Refusal(error.status_code, message, code, headers=dict(error.headers or {})))
 
 
 async def _failed(request: Request, error: Exception) -> Response:
