@@ -12,9 +12,8 @@ from megatron_retro import distributed, mcore
 from megatron_retro.data.chunks import ChunkTable, Stream
 from megatron_retro.data.samples import repeats
 from megatron_retro.data.tokenizer import Tokenizer
-from megatron_retro.errors import UserError
 from megatron_retro.retrieval.live import LiveRetriever
-from megatron_retro.training.data import split_weights
+from megatron_retro.training.data import check_num_neighbors, split_weights
 from megatron_retro.workdir import WorkDir
 
 
@@ -145,11 +144,7 @@ def open_reader(
         UserError: K is more than the work dir holds for a chunk.
     """
     saved = work.facts("neighbors")["num_neighbors"]
-    if num_neighbors > saved:
-        raise UserError(
-            f"--retro-num-neighbors {num_neighbors} is more than the {saved} that the work dir holds for each chunk; "
-            "build one with a larger --retro-query-num-neighbors-save"
-        )
+    check_num_neighbors(num_neighbors, saved)
     if library is None:
         opens = retrieval == "on" and distributed.rank() == 0
         library = distributed.together(lambda: LiveRetriever(work) if opens else None)

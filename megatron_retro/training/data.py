@@ -81,11 +81,8 @@ class TrainingData:
         if seq_length % chunk_length:
             raise UserError(f"--seq-length {seq_length} is no multiple of the work dir's chunk length {chunk_length}")
         weights = corpus_weights(self.table, data.data_path)
-        if retro and self.neighbors and retro.retro_num_neighbors > self.neighbors.num_neighbors:
-            raise UserError(
-                f"--retro-num-neighbors {retro.retro_num_neighbors} is more than the {self.neighbors.num_neighbors} "
-                "that the work dir holds for each chunk; build one with a larger --retro-query-num-neighbors-save"
-            )
+        if retro and self.neighbors:
+            check_num_neighbors(retro.retro_num_neighbors, self.neighbors.num_neighbors)
         return Samples(
             self.table,
             split=split,
@@ -121,6 +118,19 @@ def check_split(asked: str | None, work_dir_split: tuple[float, ...]) -> None:
     if asked is not None and tuple(float(share) for share in asked.split(",")) != work_dir_split:
         built = ",".join(f"{share:g}" for share in work_dir_split)
         raise UserError(f"--split {asked} differs from the work dir's {built}; leave it out, or build a new work dir")
+
+
+def check_num_neighbors(asked: int, saved: int) -> None:
+    """Refuse a K above what the work dir holds.
+
+    Raises:
+        UserError: names both.
+    """
+    if asked > saved:
+        raise UserError(
+            f"--retro-num-neighbors {asked} is more than the {saved} that the work dir holds for each chunk; "
+            "build one with a larger --retro-query-num-neighbors-save"
+        )
 
 
 def corpus_weights(table: ChunkTable, data_path: tuple[str, ...]) -> dict[str, float] | None:
