@@ -34,12 +34,14 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding, apply_rotary_pos_emb
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
@@ -193,6 +195,7 @@ def build_optimizer(model: DistributedDataParallel, **settings: Any) -> Any:
         )
     config.grad_scale_func = optimizer.scale_loss
     _update_at_once(optimizer)
+    _clip_at_once()
     return optimizer
 
 
@@ -201,6 +204,26 @@ def _update_at_once(optimizer: Any) -> None:
     for group in optimizer.param_groups:
         if "fused" in group:
             group["fused"] = True
+
+
+def _clip_at_once() -> None:
+    """Have megatron-core's own clipping take all gradients at once and in place, as apex and Transformer Engine do.
+
+    It would wait for the device at every tensor, and make a second copy of the gradients.
+    """
+    if clip_grads.l2_norm_impl.__module__.startswith("megatron.core"):
+        clip_grads.l2_norm_impl = _norm_of_all
+        clip_grads.multi_tensor_scale_impl = _scale_all
+
+
+def _norm_of_all(chunk_size: int, overflow: Any, lists: list[list[torch.Tensor]], per_tensor: bool) -> tuple:
+    return torch.stack(torch._foreach_norm(lists[0])).norm()[None], None
+
+
+def _scale_all(chunk_size: int, overflow: Any, lists: list[list[torch.Tensor]], scale: float) -> None:
+    sources, targets = lists
+    assert all(source is target for source, target in zip(sources, targets, strict=True))
+    torch._foreach_mul_(targets, scale)
 
 
 def optimizer_step(optimizer: Any) -> tuple[bool, float]:
@@ -238,6 +261,18 @@ def run_pipeline(
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
+
+
+def to_every_tensor_parallel_rank(x: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """x as the input of a product whose weight is divided over the tensor-parallel ranks; gradients are summed up.
+
+    Under sequence parallelism each rank brings its part of the first axis.
+    """
+    if config.tensor_model_parallel_size == 1:
+        return x
+    if config.sequence_parallel:
+        return gather_from_sequence_parallel_region(x)
+    return copy_to_tensor_model_parallel_region(x)
 
 
 def gather_vocabulary(logits: torch.Tensor) -> torch.Tensor:

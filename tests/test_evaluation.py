@@ -95,7 +95,7 @@ def test_every_token_counts_once_in_its_own_chunk(samples: Samples) -> None:
     for number in range(len(samples)):
         batch, chunks = samples.batch(np.array([number])), samples.chunks(number)
         with torch.no_grad():
-            by_position = model(
+            _, by_position = model(
                 batch.tokens_BxS,
                 batch.labels_BxS,
                 mask=batch.mask,

@@ -74,9 +74,12 @@ def test_flags_reach_the_weights():
 def test_loss_is_cross_entropy_of_the_logits():
     model, tokens, found = make_model(), make_tokens(), make_neighbors()
     labels = make_tokens(seed=4)
-    loss, logits = run(model, tokens, found, labels_BxS=labels), run(model, tokens, found)
-    assert loss.dtype == torch.float32
+    loss_mask = (make_tokens(seed=5) % 3 > 0).float()
+    total, loss = run(model, tokens, found, labels_BxS=labels, loss_mask_BxS=loss_mask)
+    logits = run(model, tokens, found)
+    assert total.dtype == loss.dtype == torch.float32
     torch.testing.assert_close(loss, F.cross_entropy(logits.transpose(1, 2), labels, reduction="none"))
+    torch.testing.assert_close(total, (loss * loss_mask).sum())
 
 
 def test_encoder_runs_once_a_forward():
@@ -164,8 +167,8 @@ def test_retrieval_off_equals_the_gpt():
 def test_no_neighbors_send_no_gradient_into_retrieval():
     model = in_double(make_model())
     tokens, lengths = make_neighbors()
-    loss = run(model, make_tokens(), (tokens, torch.zeros_like(lengths)), labels_BxS=make_tokens(seed=4))
-    loss.sum().backward()
+    loss, _ = run(model, make_tokens(), (tokens, torch.zeros_like(lengths)), labels_BxS=make_tokens(seed=4))
+    loss.backward()
     for name, weight in model.named_parameters():
         assert weight.grad is not None and weight.grad.isfinite().all(), name
         assert (weight.grad != 0).any() != is_encoder_or_reads(name), name
@@ -217,14 +220,14 @@ def test_one_step_reaches_every_weight_and_lowers_the_loss(variant, retro, bf16)
     model = model.bfloat16() if bf16 else model  # as Float16Module does
     tokens, labels, found = make_tokens(), make_tokens(seed=4), make_neighbors()
     mcore.reseed(1)
-    before = run(model, tokens, found, labels_BxS=labels).mean()
-    before.backward()
+    before, _ = run(model, tokens, found, labels_BxS=labels)
+    (before / labels.numel()).backward()
     for name, weight in model.named_parameters():
         assert weight.dtype == (torch.bfloat16 if bf16 else torch.float32), name
         assert weight.grad is not None and weight.grad.isfinite().all() and (weight.grad != 0).any(), name
         weight.data -= 0.5 * weight.grad
     mcore.reseed(1)
-    assert run(model, tokens, found, labels_BxS=labels).mean() < before
+    assert run(model, tokens, found, labels_BxS=labels)[0] < before
 
 
 @pytest.mark.parametrize("variant", ["gpt", "llama", "learned"])

@@ -14,8 +14,10 @@ from megatron_retro.mcore import (
     TransformerConfig,
     initial_weights,
     parallel_state,
+    to_every_tensor_parallel_rank,
 )
 from megatron_retro.model.decoder import RetroDecoder
+from megatron_retro.model.loss import cross_entropy
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.packing import boundary_rows, pack, unpack
 
@@ -87,23 +89,25 @@ class RetroModel(LanguageModule):
         self,
         tokens_BxS: Tensor,
         labels_BxS: Tensor | None = None,
+        loss_mask_BxS: Tensor | None = None,
         *,
         mask: Tensor | None = None,
         neighbor_tokens_BxLxKxR: Tensor | None = None,
         neighbor_lengths_BxLxK: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Run this pipeline stage.
 
         Args:
             tokens_BxS: token ids (int64).
             labels_BxS: next tokens (int64).
+            loss_mask_BxS: float32, 0 where the position does not count; None counts all.
             mask: of self-attention, bool [B, 1, S, S], True where a position may look; None means causal.
             neighbor_tokens_BxLxKxR: retrieved token ids (int64); None, or L = 0, turns retrieval off.
             neighbor_lengths_BxLxK: their numbers of tokens (int64), 0 for no neighbor.
 
         Returns:
-            On the last stage the loss of each position [B, S] in nats (fp32), or without labels the logits
-            [B, S, V / TP]; before it the tensor for the next stage.
+            On the last stage (loss summed over the counted positions, loss of each position [B, S] without gradient),
+            fp32, in nats; or without labels the logits [B, S, V / TP]. Before it the tensor for the next stage.
         """
         num_samples, num_positions = tokens_BxS.shape
         neighbors = encoded = None
@@ -121,10 +125,22 @@ class RetroModel(LanguageModule):
         )
         if not self.post_process:
             return pack(x_SxBxD, encoded, *self._boundary(num_positions, neighbors))
-        logits_SxBxV, _ = self.output_layer(x_SxBxD, weight=self.output_weight())
         if labels_BxS is None:
+            logits_SxBxV, _ = self.output_layer(x_SxBxD, weight=self.output_weight())
             return logits_SxBxV.transpose(0, 1)
-        return self.compute_language_model_loss(labels_BxS, logits_SxBxV)
+        return self._loss(x_SxBxD, labels_BxS, loss_mask_BxS)
+
+    def _loss(self, x_SxBxD: Tensor, labels_BxS: Tensor, loss_mask_BxS: Tensor | None) -> tuple[Tensor, Tensor]:
+        weight = self.output_weight()
+        if loss_mask_BxS is None:
+            loss_mask_BxS = torch.ones_like(labels_BxS, dtype=torch.float32)
+        loss, loss_T = cross_entropy(
+            to_every_tensor_parallel_rank(x_SxBxD, self.config).flatten(0, 1),
+            self.output_layer.weight if weight is None else weight,
+            labels_BxS.t().flatten(),
+            loss_mask_BxS.t().flatten(),
+        )
+        return loss, loss_T.view(-1, len(labels_BxS)).t()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Called by the pipeline schedule with the previous stage's tensor."""

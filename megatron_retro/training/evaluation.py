@@ -98,6 +98,7 @@ def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tens
     output = model(
         batch.tokens_BxS,
         batch.labels_BxS,
+        batch.loss_mask_BxS,
         mask=batch.mask,
         neighbor_tokens_BxLxKxR=batch.neighbor_tokens_BxLxKxR,
         neighbor_lengths_BxLxK=batch.neighbor_lengths_BxLxK,
@@ -113,19 +114,19 @@ def boundary_length(model: torch.nn.Module, batch: Batch) -> int:
     return mcore.unwrap(model).boundary_length(batch.tokens_BxS.shape[1], num_chunks, num_neighbors)
 
 
-def _loss_of(losses_BxS: Tensor, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def _loss_of(losses: tuple[Tensor, Tensor], batch: Batch) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """(loss summed over predicted tokens, their number, a report of both by sample and by position)."""
-    by_position = losses_BxS.float() * batch.loss_mask_BxS
-    by_sample = by_position.sum(1)
+    loss, losses_BxS = losses
+    by_position = losses_BxS * batch.loss_mask_BxS
     tokens = batch.loss_mask_BxS.sum(1)
     report = {
         "ids": batch.sample_ids,
-        "loss": by_sample.detach().clone(),
+        "loss": by_position.sum(1),
         "tokens": tokens,
-        "losses_BxS": by_position.detach(),
+        "losses_BxS": by_position,
         "mask_BxS": batch.loss_mask_BxS,
     }
-    return by_sample.sum(), tokens.sum().int(), report
+    return loss, tokens.sum().int(), report
 
 
 def _by_slot(report: dict[str, Any], chunk_length: int) -> np.ndarray:
