@@ -38,7 +38,7 @@ from plain import PlainRetro, PlainTraining  # noqa: E402
 from megatron_retro import distributed  # noqa: E402
 from megatron_retro.config.flags import parse  # noqa: E402
 from megatron_retro.config.training import PretrainConfig  # noqa: E402
-from megatron_retro.data.samples import Batch  # noqa: E402
+from megatron_retro.data.samples import Batch, chunks_that_read  # noqa: E402
 from megatron_retro.errors import UserError, exit_on_user_error  # noqa: E402
 from megatron_retro.model.flops import multiply_adds  # noqa: E402
 
@@ -250,9 +250,10 @@ def random_batch(case: Case) -> Batch:
         tokens_BxS=tokens[:, :-1].contiguous(),
         labels_BxS=tokens[:, 1:].contiguous(),
         loss_mask_BxS=torch.ones(num_samples, length),
-        mask=None,
+        order_BxS=None,
         neighbor_tokens_BxLxKxR=neighbors if reads else None,
         neighbor_lengths_BxLxK=lengths if reads else None,
+        neighbor_chunks_M=chunks_that_read(np.where(lengths > 0, 0, -1)) if reads else None,
         sample_ids=np.arange(num_samples),
     )
 

@@ -20,7 +20,8 @@ from model_helpers import (
     randn,
 )
 
-from megatron_retro.model.attention import attend, chunk_queries, split_chunks, unchunk_queries
+from megatron_retro.data.samples import text_first
+from megatron_retro.model.attention import Order, attend, chunk_queries, rotate, split_chunks, unchunk_queries
 from megatron_retro.model.neighbors import Neighbors
 
 CLOSE = dict(rtol=0, atol=1e-11)
@@ -125,6 +126,30 @@ def test_attend_equals_loops(groups):
         torch.testing.assert_close(masked[:, n].flatten(1), naive_attention(q, k, v, mask_NxSxT[n]), **CLOSE)
         seen = torch.ones(11, 11).tril().bool()
         torch.testing.assert_close(causal[:, n].flatten(1), naive_attention(q, k[:11], v[:11], seen), **CLOSE)
+
+
+def test_text_attends_in_order_as_under_a_mask_that_hides_padding():
+    valid_BxS = torch.rand(B, S, generator=torch.Generator().manual_seed(1)) < 0.7
+    assert not valid_BxS.all(1).any()
+    order = Order.of(text_first(valid_BxS))
+    qkv = [randn(S, B, 4, 6, seed=seed).requires_grad_() for seed in (1, 2, 3)]
+    causal = torch.ones(S, S).tril().bool()
+    mask = (causal & (valid_BxS[:, None] | torch.eye(S).bool()))[:, None]
+    valid_SxBx1x1 = valid_BxS.t()[..., None, None]
+    outputs = attend(*qkv, mask=mask), order.undo(attend(*map(order.apply, qkv), causal=True))
+    masked, ordered = (
+        [out * valid_SxBx1x1, *torch.autograd.grad((out * valid_SxBx1x1).pow(2).sum(), qkv)] for out in outputs
+    )
+    for found, expected in zip(ordered, masked, strict=True):
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_rotation_equals_complex_numbers_turned():
+    x_SxBxHxE, angles_SxBx1xE = randn(11, B, 4, 6), randn(11, B, 1, 3, seed=8).repeat(1, 1, 1, 2)
+    half = torch.complex(*x_SxBxHxE.chunk(2, -1)) * torch.polar(torch.ones(()).double(), angles_SxBx1xE[..., :3])
+    turned = rotate(x_SxBxHxE.requires_grad_(), angles_SxBx1xE)
+    torch.testing.assert_close(turned, torch.cat((half.real, half.imag), -1), **CLOSE)
+    assert torch.autograd.gradcheck(rotate, (x_SxBxHxE[:2], angles_SxBx1xE[:2]))
 
 
 @pytest.mark.parametrize("num_positions", [S, S + 2])

@@ -98,7 +98,7 @@ def test_every_token_counts_once_in_its_own_chunk(samples: Samples) -> None:
             _, by_position = model(
                 batch.tokens_BxS,
                 batch.labels_BxS,
-                mask=batch.mask,
+                order_BxS=batch.order_BxS,
                 neighbor_tokens_BxLxKxR=batch.neighbor_tokens_BxLxKxR,
                 neighbor_lengths_BxLxK=batch.neighbor_lengths_BxLxK,
             )

@@ -7,6 +7,7 @@ from model_helpers import B, C, K, L, R, S, V, in_double, make_model, make_neigh
 
 from megatron_retro import mcore
 from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.data.samples import text_first
 from megatron_retro.errors import UserError
 from megatron_retro.model.model import RetroModel
 
@@ -174,6 +175,22 @@ def test_no_neighbors_send_no_gradient_into_retrieval():
         assert (weight.grad != 0).any() != is_encoder_or_reads(name), name
 
 
+@pytest.mark.parametrize("flags", [{}, dict(disable_bias_linear=True)], ids=["bias", "no_bias"])
+def test_leaving_out_chunks_without_neighbors_changes_nothing(flags):
+    model, (neighbors, lengths) = in_double(make_model(**flags)), make_neighbors()
+    lengths[1, 3:] = 0
+    reads = (lengths > 0).any(-1).flatten()
+    assert 0 < reads.sum() < B * L - 2
+    gradients = []
+    for chunks in (None, reads.nonzero()[:, 0]):
+        logits = run(model, make_tokens(), (neighbors, lengths), neighbor_chunks_M=chunks)
+        model.zero_grad()
+        logits.logsumexp(-1).sum().backward()
+        gradients.append([logits, *(weight.grad for weight in model.parameters())])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
 def test_token_ids_behind_a_neighbors_length_do_not_matter():
     model, text = make_model(), make_tokens()
     tokens, lengths = make_neighbors()
@@ -186,26 +203,25 @@ def test_token_ids_behind_a_neighbors_length_do_not_matter():
 
 
 @pytest.mark.parametrize("retro", [False, True])
-def test_masked_positions_change_nothing_elsewhere(retro):
+def test_padding_changes_nothing_elsewhere(retro):
     """The end of chunk 2 of sample 0 is padding. As in real samples, a chunk with padding has no neighbors."""
     model, text = make_model(retro=retro), make_tokens()
     padding_BxS = torch.zeros(B, S, dtype=torch.bool)
     padding_BxS[0, 3 * C - 2 : 3 * C] = True
-    causal = torch.ones(S, S).tril().bool()
-    mask = (causal & (~padding_BxS[:, None] | torch.eye(S).bool()))[:, None]
+    order = text_first(~padding_BxS)
     other = torch.where(padding_BxS, (text + 1) % V, text)
 
-    before, after = (run(model, tokens, make_neighbors(), mask=mask) for tokens in (text, other))
+    before, after = (run(model, tokens, make_neighbors(), order_BxS=order) for tokens in (text, other))
     assert torch.equal(before[~padding_BxS], after[~padding_BxS])
     assert (before[padding_BxS] != after[padding_BxS]).any(-1).all()
     assert not torch.equal(
         run(model, text, make_neighbors())[0, 3 * C :], before[0, 3 * C :]
-    )  # the mask hides something
+    )  # the order hides something
 
 
-def test_causal_mask_equals_no_mask():
-    model, causal = in_double(make_model()), torch.ones(S, S).tril().bool().expand(B, 1, S, S)
-    masked = run(model, make_tokens(), make_neighbors(), mask=causal)
+def test_the_order_as_it_is_equals_none():
+    model, order = in_double(make_model()), torch.arange(S).expand(B, -1)
+    masked = run(model, make_tokens(), make_neighbors(), order_BxS=order)
     torch.testing.assert_close(masked, run(model, make_tokens(), make_neighbors()), **CLOSE)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_retro.data.chunks import ChunkTable, Corpus
-from megatron_retro.data.samples import Samples, Stream, attention_mask, interleave
+from megatron_retro.data.samples import Samples, Stream, chunks_that_read, interleave
 from megatron_retro.errors import UserError
 
 CHUNK, CHUNKS, PAD = 5, 3, 999
@@ -78,23 +78,25 @@ def test_every_token_but_a_documents_first_is_predicted_once(table: ChunkTable) 
     assert torch.equal(batch.labels_BxS[batch.loss_mask_BxS > 0], batch.tokens_BxS[batch.loss_mask_BxS > 0] + 1)
 
 
-def test_padding_is_masked_and_every_row_sees_itself(table: ChunkTable) -> None:
+def test_order_puts_text_before_padding_and_leaves_it_in_order(table: ChunkTable) -> None:
     every = samples(table, keep_rest=True)
     batch = every.batch(np.arange(len(every)))
-    assert batch.mask is not None
     padding = batch.tokens_BxS == PAD
-    assert padding.any()
-    seen = batch.mask[:, 0] & ~torch.eye(padding.shape[1], dtype=torch.bool)
-    assert not (seen & padding[:, None, :]).any()
-    assert batch.mask.any(-1).all()
-    assert not batch.mask.triu(1).any()
+    assert padding.any() and batch.order_BxS is not None
+    for order, is_padding in zip(batch.order_BxS.tolist(), padding.tolist(), strict=True):
+        text = [position for position, empty in enumerate(is_padding) if not empty]
+        assert order[: len(text)] == text and sorted(order) == list(range(len(order)))
     full = ChunkTable([corpus("full", [4 * CHUNK])], CHUNK)
-    assert samples(full).batch(np.array([0])).mask is None
+    assert samples(full).batch(np.array([0])).order_BxS is None
 
 
-def test_attention_mask_by_hand() -> None:
-    mask = attention_mask(torch.tensor([[True, False, True]]))[0, 0]
-    assert mask.tolist() == [[True, False, False], [True, True, False], [True, False, True]]
+def test_chunks_that_read_by_hand() -> None:
+    ids_BxLxK = np.array([[[-1, -1], [3, -1], [-1, 4]], [[5, 6], [-1, -1], [-1, -1]]])
+    found = chunks_that_read(ids_BxLxK)
+    assert found is not None and found.tolist() == [1, 2, 3]
+    assert chunks_that_read(ids_BxLxK[:1, 1:]) is None  # all of them
+    nothing = chunks_that_read(np.full((2, 3, 2), -1))
+    assert nothing is not None and nothing.tolist() == [0]  # so that there is something to compute
 
 
 def test_neighbors_come_from_no_document_of_the_sample(table: ChunkTable) -> None:

@@ -43,18 +43,22 @@ class Batch:
         tokens_BxS: int64.
         labels_BxS: int64, the next token of the same document.
         loss_mask_BxS: float32, 1 where a label exists.
-        mask: [B, 1, S, S] bool, True where a position may look; None means causal (there is no padding).
+        order_BxS: int64, the positions of each sample, those with text before those with padding; None where there is
+            no padding.
         neighbor_tokens_BxLxKxR: int64, or None with retrieval off.
         neighbor_lengths_BxLxK: int64, 0 for no neighbor, or None.
+        neighbor_chunks_M: int64, which of the B·L chunks have neighbors, at least one; None where all have, or with
+            retrieval off.
         sample_ids: [B] int64, -1 for an empty sample that fills up a batch.
     """
 
     tokens_BxS: Tensor
     labels_BxS: Tensor
     loss_mask_BxS: Tensor
-    mask: Tensor | None
+    order_BxS: Tensor | None
     neighbor_tokens_BxLxKxR: Tensor | None
     neighbor_lengths_BxLxK: Tensor | None
+    neighbor_chunks_M: Tensor | None
     sample_ids: np.ndarray
 
     def to(self, device: torch.device) -> "Batch":
@@ -195,6 +199,7 @@ class Samples:
             batch,
             neighbor_tokens_BxLxKxR=torch.from_numpy(tokens).view(*ids_BxLxK.shape, -1),
             neighbor_lengths_BxLxK=torch.from_numpy(lengths).view(ids_BxLxK.shape),
+            neighbor_chunks_M=chunks_that_read(ids_BxLxK),
         )
 
     def _text(self, chunks_BxL: np.ndarray, sample_ids: np.ndarray) -> Batch:
@@ -207,9 +212,10 @@ class Samples:
             tokens_BxS=torch.from_numpy(tokens[:, :-1].reshape(num_samples, -1)),
             labels_BxS=torch.from_numpy(tokens[:, 1:].reshape(num_samples, -1)),
             loss_mask_BxS=torch.from_numpy(labeled_BxS.astype(np.float32)),
-            mask=None if valid_BxS.all() else attention_mask(torch.from_numpy(valid_BxS)),
+            order_BxS=None if valid_BxS.all() else text_first(torch.from_numpy(valid_BxS)),
             neighbor_tokens_BxLxKxR=None,
             neighbor_lengths_BxLxK=None,
+            neighbor_chunks_M=None,
             sample_ids=sample_ids,
         )
 
@@ -271,12 +277,16 @@ def repeats(tokens: np.ndarray, present: np.ndarray) -> np.ndarray:
     return np.tril((text[:, :, None] == text[:, None, :]) & present[:, None, :], -1).any(2)
 
 
-def attention_mask(valid_BxS: Tensor) -> Tensor:
-    """[B, 1, S, S] bool: look back, not at padding; every position sees itself, so no softmax is empty."""
-    num_positions = valid_BxS.shape[1]
-    causal = torch.ones(num_positions, num_positions, dtype=torch.bool).tril()
-    mask = causal & (valid_BxS[:, None, :] | torch.eye(num_positions, dtype=torch.bool))
-    return mask[:, None]
+def text_first(valid_BxS: Tensor) -> Tensor:
+    """The positions of each sample [B, S] int64, those with text before those with padding, else as they were."""
+    return torch.argsort(~valid_BxS, dim=1, stable=True)
+
+
+def chunks_that_read(ids_BxLxK: np.ndarray) -> Tensor | None:
+    """Which of the B·L chunks have a neighbor (int64, ascending), None if all; the first one if none has."""
+    reads = (ids_BxLxK >= 0).any(-1).reshape(-1)
+    reads[0] |= not reads.any()
+    return None if reads.all() else torch.from_numpy(np.flatnonzero(reads))
 
 
 def interleave(weights: list[float], num_samples: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_retro import mcore
-from megatron_retro.model.attention import ChunkedCrossAttention, attend
+from megatron_retro.model.attention import ChunkedCrossAttention, Pattern, attend, rotate
 from megatron_retro.model.layer import Layer
 from megatron_retro.model.model import RetroModel
 from megatron_retro.model.neighbors import Neighbors
@@ -106,7 +106,7 @@ class CachedModel:
             x_TxBxD, encoded = self._enter(tokens_BxT, torch.arange(width, device=self._device), received, neighbors)
             with self._remembering(self._store_prompt), self._first_states() as states:
                 x_TxBxD, encoded = self._decoder(
-                    x_TxBxD, num_positions=width, neighbors=neighbors, encoded_RxKBLxD=encoded
+                    x_TxBxD, num_positions=width, neighbors=neighbors, encoded_RxKMxD=encoded
                 )
             if neighbors is not None:
                 if states:
@@ -132,15 +132,15 @@ class CachedModel:
         position = position.clamp(max=len(states_TxBxD) - 1)[..., None].expand(-1, -1, states_TxBxD.shape[-1])
         self._chunk_states = states_TxBxD.gather(0, position)
 
-    def _keep_last_chunk(self, encoded_RxKBLxD: Tensor, neighbors: Neighbors) -> None:
-        num_samples, num_chunks = neighbors.readable_BxL.shape
+    def _keep_last_chunk(self, encoded_RxKMxD: Tensor, neighbors: Neighbors) -> None:
+        num_samples, num_chunks = neighbors.num_samples, neighbors.num_chunks
         last = self.length // self._chunk_length - 1
         row = torch.arange(num_samples, device=self._device) * num_chunks + last.clamp(min=0)
-        encoded = encoded_RxKBLxD.unflatten(1, (self._num_neighbors, -1))[:, :, row].flatten(1, 2)
+        encoded = encoded_RxKMxD.unflatten(1, (self._num_neighbors, -1))[:, :, row].flatten(1, 2)
         for layer, reads in self._retro_layers():
             self._read[layer.number] = _Read(*reads.neighbor_keys_values(encoded, num_samples, self._angles()))
         self._key_mask = neighbors.key_mask[row].clone()
-        self._readable = neighbors.readable_BxL.flatten()[row] & (last >= 0)
+        self._readable = neighbors.readable_M[row] & (last >= 0)
 
     # -------------------------------------------------------------------------------------------- one more token
 
@@ -162,14 +162,14 @@ class CachedModel:
         if neighbors is not None:
             assert arrivals is not None
             self._key_mask[arrivals.samples] = neighbors.key_mask
-            self._readable[arrivals.samples] = neighbors.readable_BxL[:, 0]
+            self._readable[arrivals.samples] = neighbors.readable_M
 
         def forward(received: Tensor | None) -> Tensor:
             x_1xBxD, encoded = self._enter(tokens[:, None], position[:, None], received, neighbors)
             angles = self._decoder.angles(seen)[position].transpose(0, 1) if self._decoder.rotary else None
             with self._remembering(functools.partial(self._append, position, seen)):
                 for layer in self._decoder.layers:
-                    x_1xBxD = layer.attend(x_1xBxD, mask, angles)
+                    x_1xBxD = layer.attend(x_1xBxD, Pattern(angles, mask))
                     if self._num_neighbors and layer.cross_attention is not None:
                         x_1xBxD, encoded = self._read_neighbors(layer, x_1xBxD, encoded, arrivals, neighbors)
                     x_1xBxD = layer.feed_forward(x_1xBxD)
@@ -210,7 +210,7 @@ class CachedModel:
             self._read[layer.number].keys[:, arrivals.samples] = keys
             self._read[layer.number].values[:, arrivals.samples] = values
         read, angles = self._read[layer.number], self._angles()
-        queries = reads.rotate(reads.queries(normed_1xBxD), reads.query_angles(position, angles).transpose(0, 1))
+        queries = rotate(reads.queries(normed_1xBxD), reads.query_angles(position, angles).transpose(0, 1))
         out = attend(queries, read.keys, read.values, mask=self._key_mask) * self._readable[:, None, None]
         out_1xBxD, bias = reads.linear_proj(out.flatten(2))
         if bias is not None:
@@ -258,13 +258,17 @@ class CachedModel:
         return unpack(received, tokens_BxT.shape[1], self._encoded_shape(neighbors))
 
     def _leave(self, x_TxBxD: Tensor, encoded: Tensor | None, neighbors: Neighbors | None) -> Tensor:
-        return pack(x_TxBxD, encoded, len(x_TxBxD), self._encoded_shape(neighbors))
+        return pack(x_TxBxD, encoded, self._encoded_rows(neighbors, x_TxBxD.shape[1]))
 
     def _encoded_shape(self, neighbors: Neighbors | None) -> tuple[int, int, int] | None:
         if neighbors is None or self._model.retrieved_shape is None:
             return None
         length, width = self._model.retrieved_shape
-        return length, len(neighbors.tokens_KBLxR), width
+        return length, len(neighbors.tokens_KMxR), width
+
+    def _encoded_rows(self, neighbors: Neighbors | None, num_samples: int) -> int:
+        shape = self._encoded_shape(neighbors)
+        return boundary_rows(shape, num_samples, self._model.config.hidden_size) if shape else 0
 
     def _logits(self, x_1xBxD: Tensor) -> Tensor:
         logits, _ = self._model.output_layer(x_1xBxD, weight=self._model.output_weight())
@@ -279,14 +283,12 @@ class CachedModel:
             output = forward(model.input_tensor)
             return output, lambda logits: (logits.sum() * 0, torch.ones((), dtype=torch.int32), {"logits": logits})
 
-        shape = self._encoded_shape(neighbors)
-        rows = boundary_rows(shape, num_samples, self._model.config.hidden_size) if shape else 0
         reports = mcore.run_pipeline(
             forward_step,
             iter([None]),
             self._model,
             num_microbatches=1,
-            seq_length=num_positions + rows,
+            seq_length=num_positions + self._encoded_rows(neighbors, num_samples),
             micro_batch_size=num_samples,
             forward_only=True,
         )

@@ -1,13 +1,14 @@
 """Attention: self-attention's kernel, and the two cross-attentions of RETRO.
 
-Letters: S positions, B samples, C chunk length, L chunks, K neighbors, R retrieved tokens, H heads of this rank,
-G key/value groups of this rank, E width of a head, D hidden size.
+Letters: S positions, B samples, C chunk length, L chunks a sample, M chunks that read neighbors, K neighbors,
+R retrieved tokens, H heads of this rank, G key/value groups of this rank, E width of a head, D hidden size.
 
 Project first, chunk after: q, k and v are projected on the sequence as it lies, so tensor and sequence parallelism
 work as in any layer; shifting and chunking are views (or one copy) of the projected heads.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,6 @@ from megatron_retro.mcore import (
     MegatronModule,
     RowParallelLinear,
     TransformerConfig,
-    apply_rotary_pos_emb,
     get_cuda_rng_tracker,
     parallel_state,
 )
@@ -53,8 +53,94 @@ def attend(
     return out.permute(2, 0, 1, 3)
 
 
+def rotate(x_TxNxHxE: Tensor, angles_TxNx1xE: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864, eq. 34, halves in place of pairs); angles may have N = 1."""
+    half = angles_TxNx1xE[..., : angles_TxNx1xE.shape[-1] // 2]
+    return _Rotation.apply(x_TxNxHxE, half.cos().to(x_TxNxHxE.dtype), half.sin().to(x_TxNxHxE.dtype))
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(cosine, sine)
+        return _rotated(x, cosine, sine)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cosine, sine = ctx.saved_tensors
+        return _rotated(gradient, cosine, -sine), None, None
+
+
+def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (first, second), (out_first, out_second) = x.chunk(2, -1), out.chunk(2, -1)
+    torch.mul(first, cosine, out=out_first).addcmul_(second, sine, value=-1)
+    torch.mul(second, cosine, out=out_second).addcmul_(first, sine)
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Positions of each sample rearranged, those with text before those with padding.
+
+    Causal attention in this order hides padding from text by itself; a mask would cost the causal kernel.
+
+    Attributes:
+        there: [S·B] int64, which row of [S·B, …] comes to stand in this one.
+        back: the inverse.
+    """
+
+    there: Tensor
+    back: Tensor
+
+    @classmethod
+    def of(cls, order_BxS: Tensor) -> "Order":
+        num_samples, num_positions = order_BxS.shape
+        sample_B = torch.arange(num_samples, device=order_BxS.device)
+        back_BxS = torch.empty_like(order_BxS).scatter_(
+            1, order_BxS, torch.arange(num_positions, device=order_BxS.device).expand(num_samples, -1)
+        )
+        there, back = ((by_sample.t() * num_samples + sample_B).flatten() for by_sample in (order_BxS, back_BxS))
+        return cls(there, back)
+
+    def apply(self, x_SxBx: Tensor) -> Tensor:
+        return _Rearranged.apply(x_SxBx, self.there, self.back)
+
+    def undo(self, x_SxBx: Tensor) -> Tensor:
+        return _Rearranged.apply(x_SxBx, self.back, self.there)
+
+
+class _Rearranged(torch.autograd.Function):
+    """Rows taken from elsewhere; autograd's own backward would add them up one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SxBx: Tensor, there: Tensor, back: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(back)
+        return x_SxBx.flatten(0, 1).index_select(0, there).view(x_SxBx.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (back,) = ctx.saved_tensors
+        return gradient.flatten(0, 1).index_select(0, back).view(gradient.shape), None, None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """How a self-attention looks at its positions.
+
+    Attributes:
+        angles: rotary, [S, 1 or N, 1, E]; None without.
+        mask: as in `attend`.
+        order: of the positions; None as they lie.
+    """
+
+    angles: Tensor | None
+    mask: Tensor | None = None
+    order: Order | None = None
+
+
 class CoreAttention(torch.nn.Module):
-    """The kernel inside megatron-core's `SelfAttention`.
+    """The kernel inside megatron-core's `SelfAttention`; it gets a `Pattern` in place of a mask.
 
     Attributes:
         remember: called with new keys and values, returns those to look at; generation sets it.
@@ -67,11 +153,18 @@ class CoreAttention(torch.nn.Module):
         self.causal = attn_mask_type == AttnMaskType.causal
         self.dropout = config.attention_dropout
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Pattern, **_: Any) -> Tensor:
+        pattern, dropout = attention_mask, self.dropout if self.training else 0.0
+        if pattern.angles is not None:
+            # The three lie in one tensor; with copies of all of them that tensor is not kept for the backward pass.
+            query, key, value = rotate(query, pattern.angles), rotate(key, pattern.angles), value.contiguous()
         if self.remember is not None:
             key, value = self.remember(key, value)
-        out = attend(query, key, value, mask=attention_mask, causal=self.causal, dropout=dropout)
+        if pattern.order is not None:
+            query, key, value = (pattern.order.apply(x) for x in (query, key, value))
+        out = attend(query, key, value, mask=pattern.mask, causal=self.causal, dropout=dropout)
+        if pattern.order is not None:
+            out = pattern.order.undo(out)
         return out.flatten(2)
 
 
@@ -115,9 +208,6 @@ class CrossAttention(MegatronModule):
         key, value = kv.unflatten(-1, (self.num_groups, 2 * self.head_size)).chunk(2, dim=-1)
         return key, value
 
-    def rotate(self, x: Tensor, angles: Tensor) -> Tensor:
-        return apply_rotary_pos_emb(x, angles, config=self.config)
-
     @property
     def active_dropout(self) -> float:
         return self.config.attention_dropout if self.training else 0.0
@@ -139,31 +229,28 @@ class ChunkedCrossAttention(CrossAttention):
         self.chunk_length = chunk_length
 
     def forward(
-        self, x_SxBxD: Tensor, encoded_RxKBLxD: Tensor, neighbors: Neighbors, angles: Tensor
+        self, x_SxBxD: Tensor, encoded_RxKMxD: Tensor, neighbors: Neighbors, angles: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (output [S, B, D], its bias, zero where nothing is read, [S, B, D] or None)."""
         q_SxBxHxE = self.queries(x_SxBxD)
         num_positions, num_samples = q_SxBxHxE.shape[:2]
-        num_chunks = neighbors.readable_BxL.shape[1]
-        k_RKxBLxGxE, v_RKxBLxGxE = self.neighbor_keys_values(encoded_RxKBLxD, num_samples * num_chunks, angles)
+        k_RKxMxGxE, v_RKxMxGxE = self.neighbor_keys_values(encoded_RxKMxD, len(neighbors.readable_M), angles)
 
         position = torch.arange(num_positions, device=angles.device)
-        q_SxBxHxE = self.rotate(q_SxBxHxE, self.query_angles(position, angles))
-        q_CxBLxHxE = chunk_queries(q_SxBxHxE, self.chunk_length, num_chunks)
-        out_CxBLxHxE = attend(
-            q_CxBLxHxE, k_RKxBLxGxE, v_RKxBLxGxE, mask=neighbors.key_mask, dropout=self.active_dropout
-        )
-        out_CxBLxHxE = out_CxBLxHxE * neighbors.readable_BxL.flatten()[:, None, None]
+        q_SxBxHxE = rotate(q_SxBxHxE, self.query_angles(position, angles))
+        q_CxMxHxE = neighbors.take(chunk_queries(q_SxBxHxE, self.chunk_length, neighbors.num_chunks))
+        out_CxMxHxE = attend(q_CxMxHxE, k_RKxMxGxE, v_RKxMxGxE, mask=neighbors.key_mask, dropout=self.active_dropout)
+        out_CxBLxHxE = neighbors.put_back(out_CxMxHxE * neighbors.readable_M[:, None, None])
         out_SxBxHxE = unchunk_queries(out_CxBLxHxE, num_samples, num_positions)
 
         out_SxBxD, bias = self.linear_proj(out_SxBxHxE.flatten(2))
         return out_SxBxD, self._masked(bias, neighbors, num_positions)
 
-    def neighbor_keys_values(self, encoded_RxKBLxD: Tensor, num_rows: int, angles: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (with rotary positions) and values of the neighbors of `num_rows` = B·L chunks: [R·K, B·L, G, E]."""
-        key, value = self.keys_values(encoded_RxKBLxD)
-        key = self.rotate(key, angles[: key.shape[0]])
-        return key.reshape(-1, num_rows, *key.shape[2:]), value.reshape(-1, num_rows, *value.shape[2:])
+    def neighbor_keys_values(self, encoded_RxKMxD: Tensor, num_chunks: int, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (with rotary positions) and values of the neighbors of M = `num_chunks` chunks: [R·K, M, G, E]."""
+        key, value = self.keys_values(encoded_RxKMxD)
+        key, value = rotate(key, angles[: key.shape[0]]), value.contiguous()  # copies: kv itself is not kept
+        return key.view(-1, num_chunks, *key.shape[2:]), value.view(-1, num_chunks, *value.shape[2:])
 
     def query_angles(self, position: Tensor, angles: Tensor) -> Tensor:
         """Rotary angles of queries at positions of the sequence (any shape)."""
@@ -190,22 +277,23 @@ class EncoderCrossAttention(CrossAttention):
         self.chunk_length = chunk_length
 
     def forward(
-        self, x_RxKBLxD: Tensor, decoder_SxBxD: Tensor, neighbors: Neighbors, angles: Tensor
+        self, x_RxKMxD: Tensor, decoder_SxBxD: Tensor, neighbors: Neighbors, angles: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns (output [R, K·B·L, D], bias [D] or None)."""
-        q_RxKBLxHxE = self.queries(x_RxKBLxD)
+        """Returns (output [R, K·M, D], bias [D] or None)."""
+        q_RxKMxHxE = self.queries(x_RxKMxD)
         k_SxBxGxE, v_SxBxGxE = self.keys_values(decoder_SxBxD)
-        num_retrieved, num_rows = q_RxKBLxHxE.shape[:2]
-        num_samples, num_chunks = neighbors.readable_BxL.shape
+        num_retrieved, num_rows = q_RxKMxHxE.shape[:2]
 
         position = torch.arange(k_SxBxGxE.shape[0], device=angles.device)
-        q_RxKBLxHxE = self.rotate(q_RxKBLxHxE, angles[:num_retrieved])
-        k_SxBxGxE = self.rotate(k_SxBxGxE, angles[position % self.chunk_length])
+        q_RxKMxHxE = rotate(q_RxKMxHxE, angles[:num_retrieved])
+        k_SxBxGxE = rotate(k_SxBxGxE, angles[position % self.chunk_length])
 
-        q_RKxBLxHxE = q_RxKBLxHxE.reshape(-1, num_samples * num_chunks, *q_RxKBLxHxE.shape[2:])
-        k_CxBLxGxE, v_CxBLxGxE = (split_chunks(x, self.chunk_length, num_chunks) for x in (k_SxBxGxE, v_SxBxGxE))
-        out_RKxBLxHxE = attend(q_RKxBLxHxE, k_CxBLxGxE, v_CxBLxGxE, dropout=self.active_dropout)
-        return self.linear_proj(out_RKxBLxHxE.reshape(num_retrieved, num_rows, -1))
+        q_RKxMxHxE = q_RxKMxHxE.view(-1, len(neighbors.readable_M), *q_RxKMxHxE.shape[2:])
+        k_CxMxGxE, v_CxMxGxE = (
+            neighbors.take(split_chunks(x, self.chunk_length, neighbors.num_chunks)) for x in (k_SxBxGxE, v_SxBxGxE)
+        )
+        out_RKxMxHxE = attend(q_RKxMxHxE, k_CxMxGxE, v_CxMxGxE, dropout=self.active_dropout)
+        return self.linear_proj(out_RKxMxHxE.reshape(num_retrieved, num_rows, -1))
 
 
 def split_chunks(x_SxBx: Tensor, chunk_length: int, num_chunks: int) -> Tensor:

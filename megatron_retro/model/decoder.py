@@ -9,7 +9,7 @@ from megatron_retro.mcore import (
     initial_weights,
     layers_of_this_stage,
 )
-from megatron_retro.model.attention import ChunkedCrossAttention
+from megatron_retro.model.attention import ChunkedCrossAttention, Order, Pattern
 from megatron_retro.model.encoder import RetroEncoder
 from megatron_retro.model.layer import Layer, LayerStack, Norm
 from megatron_retro.model.neighbors import Neighbors
@@ -72,31 +72,31 @@ class RetroDecoder(MegatronModule):
         x_SxBxD: Tensor,
         *,
         num_positions: int,
-        mask: Tensor | None = None,
+        order: Order | None = None,
         neighbors: Neighbors | None = None,
-        encoded_RxKBLxD: Tensor | None = None,
+        encoded_RxKMxD: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run this stage's layers.
 
         Args:
             x_SxBxD: hidden states; under sequence parallelism this rank's part of S.
             num_positions: S.
-            mask: of self-attention, bool [B, 1, S, S], True where a position may look; None means causal.
+            order: of the positions in self-attention; None where no position is padding.
             neighbors: retrieved tokens; None turns retrieval off.
-            encoded_RxKBLxD: the encoder's output when an earlier stage made it.
+            encoded_RxKMxD: the encoder's output when an earlier stage made it.
 
         Returns:
             (hidden states, the encoder's output or None).
         """
-        self_angles = self.angles(num_positions) if self.rotary else None
+        pattern = Pattern(self.angles(num_positions) if self.rotary else None, order=order)
         for layer in self.layers:
-            x_SxBxD = layer.attend(x_SxBxD, mask, self_angles)
+            x_SxBxD = layer.attend(x_SxBxD, pattern)
             if neighbors is not None and layer.cross_attention is not None:
                 if layer.number == self.first_retro_layer:
                     assert self.encoder is not None and layer.pre_cross_attn_layernorm is not None
-                    encoded_RxKBLxD = self.encoder(neighbors, layer.pre_cross_attn_layernorm(x_SxBxD))
-                x_SxBxD = layer.read(x_SxBxD, encoded_RxKBLxD, neighbors, self.angles(self.retrieved_length))
+                    encoded_RxKMxD = self.encoder(neighbors, layer.pre_cross_attn_layernorm(x_SxBxD))
+                x_SxBxD = layer.read(x_SxBxD, encoded_RxKMxD, neighbors, self.angles(self.retrieved_length))
             x_SxBxD = layer.feed_forward(x_SxBxD)
         if self.final_layernorm is not None:
             x_SxBxD = self.final_layernorm(x_SxBxD)
-        return x_SxBxD, encoded_RxKBLxD
+        return x_SxBxD, encoded_RxKMxD

@@ -9,7 +9,7 @@ from megatron_retro.mcore import (
     TransformerConfig,
     initial_weights,
 )
-from megatron_retro.model.attention import EncoderCrossAttention
+from megatron_retro.model.attention import EncoderCrossAttention, Pattern
 from megatron_retro.model.layer import Layer, LayerStack, Norm
 from megatron_retro.model.neighbors import Neighbors
 
@@ -62,11 +62,12 @@ class RetroEncoder(MegatronModule):
             decoder_SxBxD: the decoder's hidden states after self-attention of the first RETRO layer, normalized.
 
         Returns:
-            [R, K·B·L, encoder width]; under sequence parallelism this rank's part of R.
+            [R, K·M, encoder width]; under sequence parallelism this rank's part of R.
         """
-        x, angles = self.embedding(neighbors.tokens_KBLxR, None), self.angles(neighbors.tokens_KBLxR.shape[1])
+        x, angles = self.embedding(neighbors.tokens_KMxR, None), self.angles(neighbors.tokens_KMxR.shape[1])
+        pattern = Pattern(angles, mask=neighbors.token_mask)
         for layer in self.layers:
-            x = layer.attend(x, neighbors.token_mask, angles)
+            x = layer.attend(x, pattern)
             if layer.cross_attention is not None:
                 x = layer.read(x, decoder_SxBxD, neighbors, angles)
             x = layer.feed_forward(x)

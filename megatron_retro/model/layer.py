@@ -19,7 +19,7 @@ from megatron_retro.mcore import (
     get_bias_dropout_add,
     sharded_dropout,
 )
-from megatron_retro.model.attention import CoreAttention, CrossAttention
+from megatron_retro.model.attention import CoreAttention, CrossAttention, Pattern
 
 
 class Norm(torch.nn.Module):
@@ -69,10 +69,9 @@ class Layer(MegatronModule):
         mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         self.mlp = MLP(config, mlp, ffn_hidden_size=config.ffn_hidden_size)
 
-    def attend(self, x: Tensor, mask: Tensor | None, angles: Tensor | None) -> Tensor:
-        """x [S, N, D] + self-attention; `mask` as in `attention.attend`, rotary `angles` [S, 1, 1, E] or None."""
-        out = self.self_attention(self.input_layernorm(x), attention_mask=mask, rotary_pos_emb=angles)
-        return self._add(x, out)
+    def attend(self, x: Tensor, pattern: Pattern) -> Tensor:
+        """x [S, N, D] + self-attention."""
+        return self._add(x, self.self_attention(self.input_layernorm(x), attention_mask=pattern))
 
     def read(self, x: Tensor, *context: object) -> Tensor:
         """x [S, N, D] + cross-attention to `context`."""

@@ -16,6 +16,7 @@ from megatron_retro.mcore import (
     parallel_state,
     to_every_tensor_parallel_rank,
 )
+from megatron_retro.model.attention import Order
 from megatron_retro.model.decoder import RetroDecoder
 from megatron_retro.model.loss import cross_entropy
 from megatron_retro.model.neighbors import Neighbors
@@ -91,9 +92,10 @@ class RetroModel(LanguageModule):
         labels_BxS: Tensor | None = None,
         loss_mask_BxS: Tensor | None = None,
         *,
-        mask: Tensor | None = None,
+        order_BxS: Tensor | None = None,
         neighbor_tokens_BxLxKxR: Tensor | None = None,
         neighbor_lengths_BxLxK: Tensor | None = None,
+        neighbor_chunks_M: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run this pipeline stage.
 
@@ -101,9 +103,11 @@ class RetroModel(LanguageModule):
             tokens_BxS: token ids (int64).
             labels_BxS: next tokens (int64).
             loss_mask_BxS: float32, 0 where the position does not count; None counts all.
-            mask: of self-attention, bool [B, 1, S, S], True where a position may look; None means causal.
+            order_BxS: int64, the positions of each sample, those with text before those with padding; None where all
+                have text.
             neighbor_tokens_BxLxKxR: retrieved token ids (int64); None, or L = 0, turns retrieval off.
             neighbor_lengths_BxLxK: their numbers of tokens (int64), 0 for no neighbor.
+            neighbor_chunks_M: which of the B·L chunks have neighbors (int64, ascending, at least one); None means all.
 
         Returns:
             On the last stage (loss summed over the counted positions, loss of each position [B, S] without gradient),
@@ -113,7 +117,7 @@ class RetroModel(LanguageModule):
         neighbors = encoded = None
         if neighbor_tokens_BxLxKxR is not None and neighbor_tokens_BxLxKxR.numel() and self.retrieved_shape:
             assert neighbor_lengths_BxLxK is not None
-            neighbors = Neighbors.of(neighbor_tokens_BxLxKxR, neighbor_lengths_BxLxK)
+            neighbors = Neighbors.of(neighbor_tokens_BxLxKxR, neighbor_lengths_BxLxK, neighbor_chunks_M)
         if self.pre_process:
             positions = torch.arange(num_positions, device=tokens_BxS.device).expand(num_samples, -1)
             x_SxBxD = self.embedding(tokens_BxS, positions)
@@ -121,10 +125,14 @@ class RetroModel(LanguageModule):
             assert self.input_tensor is not None
             x_SxBxD, encoded = unpack(self.input_tensor, *self._boundary(num_positions, neighbors))
         x_SxBxD, encoded = self.decoder(
-            x_SxBxD, num_positions=num_positions, mask=mask, neighbors=neighbors, encoded_RxKBLxD=encoded
+            x_SxBxD,
+            num_positions=num_positions,
+            order=None if order_BxS is None else Order.of(order_BxS),
+            neighbors=neighbors,
+            encoded_RxKMxD=encoded,
         )
         if not self.post_process:
-            return pack(x_SxBxD, encoded, *self._boundary(num_positions, neighbors))
+            return pack(x_SxBxD, encoded, self._encoded_rows(neighbors))
         if labels_BxS is None:
             logits_SxBxV, _ = self.output_layer(x_SxBxD, weight=self.output_weight())
             return logits_SxBxV.transpose(0, 1)
@@ -151,12 +159,23 @@ class RetroModel(LanguageModule):
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
 
     def _boundary(self, num_positions: int, neighbors: Neighbors | None) -> tuple[int, tuple[int, int, int] | None]:
-        """(this rank's positions, this rank's shape of the encoder's output or None), for `pack` and `unpack`."""
-        parts = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        """(this rank's positions, this rank's shape of the encoder's output or None), for `unpack`."""
         if neighbors is None or self.retrieved_shape is None:
-            return num_positions // parts, None
+            return num_positions // self._sequence_parts, None
         length, width = self.retrieved_shape
-        return num_positions // parts, (length // parts, neighbors.tokens_KBLxR.shape[0], width)
+        return num_positions // self._sequence_parts, (
+            length // self._sequence_parts,
+            len(neighbors.tokens_KMxR),
+            width,
+        )
+
+    def _encoded_rows(self, neighbors: Neighbors | None) -> int:
+        """Rows for the encoder's output in this rank's part of the tensor between stages: of every batch as many."""
+        if neighbors is None:
+            return 0
+        num_samples, num_chunks = neighbors.num_samples, neighbors.num_chunks
+        num_neighbors = len(neighbors.tokens_KMxR) // len(neighbors.readable_M)
+        return self._rows(num_samples, num_chunks, num_neighbors)
 
     def boundary_length(self, num_positions: int, num_chunks: int, num_neighbors: int) -> int:
         """Rows of the tensor between pipeline stages, over all sequence-parallel parts.
@@ -164,12 +183,18 @@ class RetroModel(LanguageModule):
         Args:
             num_chunks: L, 0 with retrieval off.
         """
+        return num_positions + self._sequence_parts * self._rows(1, num_chunks, num_neighbors)
+
+    def _rows(self, num_samples: int, num_chunks: int, num_neighbors: int) -> int:
         if not num_chunks or self.retrieved_shape is None:
-            return num_positions
+            return 0
         length, width = self.retrieved_shape
-        parts = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        shape = (length // parts, num_neighbors * num_chunks, width)
-        return num_positions + parts * boundary_rows(shape, 1, self.config.hidden_size)
+        shape = (length // self._sequence_parts, num_neighbors * num_samples * num_chunks, width)
+        return boundary_rows(shape, num_samples, self.config.hidden_size)
+
+    @property
+    def _sequence_parts(self) -> int:
+        return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
 
 
 def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:

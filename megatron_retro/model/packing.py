@@ -17,19 +17,19 @@ def boundary_rows(encoded_shape: tuple[int, int, int], num_samples: int, hidden_
     return -(-math.prod(encoded_shape) // (num_samples * hidden_size))
 
 
-def pack(x_SxBxD: Tensor, encoded: Tensor | None, num_positions: int, shape: tuple[int, int, int] | None) -> Tensor:
-    """[S, B, D] and the encoder's output, zeros where it is not made yet, as [S + rows, B, D]."""
-    if shape is None:
+def pack(x_SxBxD: Tensor, encoded: Tensor | None, num_rows: int) -> Tensor:
+    """[S, B, D] and the encoder's output, zeros where it is not made yet or shorter, as [S + num_rows, B, D]."""
+    if not num_rows:
         return x_SxBxD
-    assert x_SxBxD.shape[0] == num_positions and (encoded is None or encoded.shape == shape)
     num_samples, hidden_size = x_SxBxD.shape[1:]
-    size = boundary_rows(shape, num_samples, hidden_size) * num_samples * hidden_size
+    size = num_rows * num_samples * hidden_size
+    assert encoded is None or encoded.numel() <= size
     flat = x_SxBxD.new_zeros(size) if encoded is None else F.pad(encoded.flatten(), (0, size - encoded.numel()))
     return torch.cat((x_SxBxD, flat.view(-1, num_samples, hidden_size)))
 
 
 def unpack(packed: Tensor, num_positions: int, shape: tuple[int, int, int] | None) -> tuple[Tensor, Tensor | None]:
-    """Inverse of `pack`."""
+    """Inverse of `pack`, for an encoder output of this shape; None where there is none."""
     if shape is None:
         return packed, None
     return packed[:num_positions], packed[num_positions:].flatten()[: math.prod(shape)].view(shape)

@@ -99,9 +99,10 @@ def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tens
         batch.tokens_BxS,
         batch.labels_BxS,
         batch.loss_mask_BxS,
-        mask=batch.mask,
+        order_BxS=batch.order_BxS,
         neighbor_tokens_BxLxKxR=batch.neighbor_tokens_BxLxKxR,
         neighbor_lengths_BxLxK=batch.neighbor_lengths_BxLxK,
+        neighbor_chunks_M=batch.neighbor_chunks_M,
     )
     return output, lambda losses: _loss_of(losses, batch)
 
