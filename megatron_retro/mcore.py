@@ -44,7 +44,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import checkpoint, get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -73,6 +73,7 @@ __all__ = [
     "SelfAttention",
     "SelfAttentionSubmodules",
     "TransformerConfig",
+    "checkpoint",
     "get_bias_dropout_add",
     "get_cuda_rng_tracker",
     "parallel_state",

@@ -47,12 +47,18 @@ def make_configs(*, retro: bool = True, **flags: object) -> tuple[ModelConfig, R
 
 
 def make_model(
-    *, retro: bool = True, seed: int = 1, bf16: bool = False, silent: bool = False, **flags: object
+    *,
+    retro: bool = True,
+    seed: int = 1,
+    bf16: bool = False,
+    silent: bool = False,
+    recompute_granularity: str | None = None,
+    **flags: object,
 ) -> RetroModel:
     """A model of `make_configs` with its initial weights; unless `silent`, with what it reads heard from the start."""
     initialize()
     model, neighbors = make_configs(retro=retro, **flags)
-    parallel = ParallelConfig(bf16=bf16)
+    parallel = ParallelConfig(bf16=bf16, recompute_granularity=recompute_granularity)
     parallel.finish(1, model, neighbors)
     made = RetroModel(model, neighbors, parallel, vocab_size=V, chunk_length=C, seed=seed)
     generator = torch.Generator().manual_seed(seed)

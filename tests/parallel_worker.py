@@ -1,6 +1,8 @@
 """Trains a tiny model a few steps at several layouts in one launch and stores losses and gradients of each.
 
-    torchrun --nproc-per-node N tests/parallel_worker.py OUT.pt LAYOUT…     LAYOUT = TPxPP[xSP][xbf16]:RETRO_LAYERS
+    torchrun --nproc-per-node N tests/parallel_worker.py OUT.pt LAYOUT…
+
+LAYOUT = TPxPP[xSP][xbf16][xselective|xfull]:RETRO_LAYERS.
 
 Gradients are stored whole (gathered over tensor-parallel ranks), under names that are the same at every layout.
 """
@@ -84,7 +86,13 @@ def run(layout: str) -> dict:
     model_config.finish()
     retro = RetroConfig(retro_layers=retro_layers, retro_encoder_hidden_size=24, retro_encoder_num_attention_heads=2)
     retro.finish(model_config)
-    parallel = ParallelConfig(int(tensor), int(stages), sequence_parallel="SP" in options, bf16="bf16" in options)
+    parallel = ParallelConfig(
+        int(tensor),
+        int(stages),
+        sequence_parallel="SP" in options,
+        bf16="bf16" in options,
+        recompute_granularity=next((option for option in options if option in ("selective", "full")), None),
+    )
     parallel.finish(dist.get_world_size(), model_config, retro)
     model = mcore.wrap_for_training(RetroModel(model_config, retro, parallel, VOCAB, CHUNK, seed=1))
     optimizer = mcore.build_optimizer(model, lr=1e-3, weight_decay=0.1, clip_grad=1.0, adam_eps=1e-5)

@@ -10,8 +10,8 @@ from launch import run_forked
 WORKER = pathlib.Path(__file__).with_name("parallel_worker.py")
 
 # RETRO layers 2 and 4 of 4 stand on either side of a two-stage boundary; 3 leaves the encoder to the second stage.
-TWO_RANKS = ["1x1:2,4", "2x1:2,4", "2x1xSP:2,4", "1x2:2,4", "1x2xbf16:2,4", "1x2:3"]
-FOUR_RANKS = ["2x2:2,4", "2x2xSP:2,4", "2x2xSP:3", "2x1xSP:2,4", "1x2:2,4", "1x4:2,4"]
+TWO_RANKS = ["1x1:2,4", "2x1xselective:2,4", "2x1xSPxfull:2,4", "1x2:2,4", "1x2xbf16:2,4", "1x2xfull:3"]
+FOUR_RANKS = ["2x2:2,4", "2x2xSPxselective:2,4", "2x2xSP:3", "2x1xSP:2,4", "1x2:2,4", "1x4:2,4"]
 
 
 def train(out: pathlib.Path, ranks: int, layouts: list[str]) -> dict:

@@ -147,6 +147,11 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = flag(1, "stages of layers (PP)")
     sequence_parallel: bool = flag(False, "shard activations between the tensor-parallel parts along the sequence")
     bf16: bool = flag(False, "train in bfloat16 with fp32 main weights; without it fp32")
+    recompute_granularity: str | None = flag(
+        None,
+        "save memory by computing again in the backward pass: selective (norms, activation functions) or full (layers)",
+        choices=("selective", "full"),
+    )
     distributed_timeout_minutes: int = flag(10, "minutes until a rank gives up waiting for another")
 
     def finish(self, world_size: int, model: ModelConfig, retro: RetroConfig | None) -> None:

@@ -13,6 +13,7 @@ from megatron_retro.model.attention import ChunkedCrossAttention, Order, Pattern
 from megatron_retro.model.encoder import RetroEncoder
 from megatron_retro.model.layer import Layer, LayerStack, Norm
 from megatron_retro.model.neighbors import Neighbors
+from megatron_retro.model.recompute import Recompute
 
 
 class RetroDecoder(MegatronModule):
@@ -27,6 +28,7 @@ class RetroDecoder(MegatronModule):
         rotary: whether self-attention has rotary positions.
         rotary_base: their base period, here and in cross-attention.
         final_norm: whether this is the last stage.
+        recompute: what the backward pass makes again.
         seed: of the initial weights.
     """
 
@@ -41,6 +43,7 @@ class RetroDecoder(MegatronModule):
         rotary: bool,
         rotary_base: int,
         final_norm: bool,
+        recompute: Recompute,
         seed: int,
     ):
         super().__init__(config)
@@ -59,11 +62,18 @@ class RetroDecoder(MegatronModule):
                 with initial_weights(seed, f"cross-attention {number}"):
                     reads = ChunkedCrossAttention(config, encoder_config.hidden_size, chunk_length)
             with initial_weights(seed, f"layer {number}"):
-                self.layers.append(Layer(config, number, causal=True, cross_attention=reads))
+                self.layers.append(Layer(config, number, causal=True, recompute=recompute, cross_attention=reads))
         if self.first_retro_layer in layers_of_this_stage(config):
             assert encoder_config
             self.encoder = RetroEncoder(
-                encoder_config, vocab_size, config.hidden_size, chunk_length, self.retrieved_length, rotary_base, seed
+                encoder_config,
+                vocab_size,
+                config.hidden_size,
+                chunk_length,
+                self.retrieved_length,
+                rotary_base,
+                recompute,
+                seed,
             )
         self.final_layernorm = Norm(config) if final_norm else None
 
@@ -95,6 +105,7 @@ class RetroDecoder(MegatronModule):
                 if layer.number == self.first_retro_layer:
                     assert self.encoder is not None and layer.pre_cross_attn_layernorm is not None
                     encoded_RxKMxD = self.encoder(neighbors, layer.pre_cross_attn_layernorm(x_SxBxD))
+                assert encoded_RxKMxD is not None
                 x_SxBxD = layer.read(x_SxBxD, encoded_RxKMxD, neighbors, self.angles(self.retrieved_length))
             x_SxBxD = layer.feed_forward(x_SxBxD)
         if self.final_layernorm is not None:

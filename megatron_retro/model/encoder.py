@@ -12,6 +12,7 @@ from megatron_retro.mcore import (
 from megatron_retro.model.attention import EncoderCrossAttention, Pattern
 from megatron_retro.model.layer import Layer, LayerStack, Norm
 from megatron_retro.model.neighbors import Neighbors
+from megatron_retro.model.recompute import Recompute
 
 
 class RetroEncoder(MegatronModule):
@@ -28,6 +29,7 @@ class RetroEncoder(MegatronModule):
         chunk_length: C.
         retrieved_length: R.
         rotary_base: base period of rotary positions.
+        recompute: what the backward pass makes again.
         seed: of the initial weights.
     """
 
@@ -39,6 +41,7 @@ class RetroEncoder(MegatronModule):
         chunk_length: int,
         retrieved_length: int,
         rotary_base: int,
+        recompute: Recompute,
         seed: int,
     ):
         super().__init__(config)
@@ -51,7 +54,10 @@ class RetroEncoder(MegatronModule):
             reads = EncoderCrossAttention(config, decoder_hidden_size, chunk_length)
             self.layers = LayerStack(config)
             for number in range(1, config.num_layers + 1):
-                self.layers.append(Layer(config, number, causal=False, cross_attention=reads if number == 1 else None))
+                cross_attention = reads if number == 1 else None
+                self.layers.append(
+                    Layer(config, number, causal=False, recompute=recompute, cross_attention=cross_attention)
+                )
         self.final_layernorm = Norm(config)
 
     def forward(self, neighbors: Neighbors, decoder_SxBxD: Tensor) -> Tensor:

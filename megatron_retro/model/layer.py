@@ -1,17 +1,16 @@
 """One transformer layer in three steps - attend, read, feed forward - and its normalization."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_retro.mcore import (
-    MLP,
     AttnMaskType,
     ColumnParallelLinear,
     MegatronModule,
-    MLPSubmodules,
     RowParallelLinear,
     SelfAttention,
     SelfAttentionSubmodules,
@@ -20,6 +19,9 @@ from megatron_retro.mcore import (
     sharded_dropout,
 )
 from megatron_retro.model.attention import CoreAttention, CrossAttention, Pattern
+from megatron_retro.model.feed_forward import FeedForward
+from megatron_retro.model.neighbors import Neighbors
+from megatron_retro.model.recompute import Recompute
 
 
 class Norm(torch.nn.Module):
@@ -49,13 +51,21 @@ class Layer(MegatronModule):
     Args:
         number: of the layer, from 1.
         causal: whether self-attention looks back only.
+        recompute: what the backward pass makes again.
         cross_attention: what `read` runs; None in layers that read nothing.
     """
 
     def __init__(
-        self, config: TransformerConfig, number: int, *, causal: bool, cross_attention: CrossAttention | None = None
+        self,
+        config: TransformerConfig,
+        number: int,
+        *,
+        causal: bool,
+        recompute: Recompute,
+        cross_attention: CrossAttention | None = None,
     ):
         super().__init__(config)
+        self._recompute = recompute
         submodules = SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
         )
@@ -66,23 +76,27 @@ class Layer(MegatronModule):
         self.pre_cross_attn_layernorm = Norm(config) if cross_attention else None
         self.cross_attention = cross_attention
         self.pre_mlp_layernorm = Norm(config)
-        mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        self.mlp = MLP(config, mlp, ffn_hidden_size=config.ffn_hidden_size)
+        self.mlp = FeedForward(config, recompute)
 
     def attend(self, x: Tensor, pattern: Pattern) -> Tensor:
         """x [S, N, D] + self-attention."""
-        return self._add(x, self.self_attention(self.input_layernorm(x), attention_mask=pattern))
+        attention = functools.partial(self.self_attention, attention_mask=pattern)
+        return self._recompute.step(functools.partial(self._branch, self.input_layernorm, attention), x)
 
-    def read(self, x: Tensor, *context: object) -> Tensor:
-        """x [S, N, D] + cross-attention to `context`."""
-        assert self.cross_attention is not None and self.pre_cross_attn_layernorm is not None
-        return self._add(x, self.cross_attention(self.pre_cross_attn_layernorm(x), *context))
+    def read(self, x: Tensor, source: Tensor, neighbors: Neighbors, angles: Tensor) -> Tensor:
+        """x [S, N, D] + cross-attention to `source`: the encoded neighbors, or in the encoder the decoder's states."""
+        assert callable(self.cross_attention) and self.pre_cross_attn_layernorm is not None
+        reads = functools.partial(self.cross_attention, neighbors=neighbors, angles=angles)
+        return self._recompute.step(functools.partial(self._branch, self.pre_cross_attn_layernorm, reads), x, source)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """x [S, N, D] + MLP."""
-        return self._add(x, self.mlp(self.pre_mlp_layernorm(x)))
+        return self._recompute.step(functools.partial(self._branch, self.pre_mlp_layernorm, self.mlp), x)
 
-    def _add(self, x: Tensor, out_and_bias: tuple[Tensor, Tensor | None]) -> Tensor:
+    def _branch(self, norm: Norm, function: Callable[..., tuple], x: Tensor, *inputs: Tensor) -> Tensor:
+        normed = norm(x)
+        with self._recompute.kept_as_recipe(normed, lambda: norm(x)):
+            out_and_bias = function(normed, *inputs)
         with sharded_dropout(self.config):
             return get_bias_dropout_add(self.training, False)(out_and_bias, x, self.config.hidden_dropout)
 

@@ -21,6 +21,7 @@ from megatron_retro.model.decoder import RetroDecoder
 from megatron_retro.model.loss import cross_entropy
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.packing import boundary_rows, pack, unpack
+from megatron_retro.model.recompute import Recompute
 
 
 class RetroModel(LanguageModule):
@@ -70,6 +71,7 @@ class RetroModel(LanguageModule):
             rotary=model.position_embedding_type == "rope",
             rotary_base=model.rotary_base,
             final_norm=self.post_process,
+            recompute=Recompute(parallel.recompute_granularity),
             seed=seed,
         )
         if self.post_process:
