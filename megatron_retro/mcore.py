@@ -6,6 +6,7 @@ optimizer, distributed checkpoints. Tested with 0.16.1.
 
 import contextlib
 import datetime
+import functools
 import os
 import warnings
 import zlib
@@ -73,9 +74,10 @@ __all__ = [
     "SelfAttention",
     "SelfAttentionSubmodules",
     "TransformerConfig",
+    "add_residual",
     "checkpoint",
-    "get_bias_dropout_add",
     "get_cuda_rng_tracker",
+    "one_kernel",
     "parallel_state",
 ]
 
@@ -151,6 +153,34 @@ def layers_of_this_stage(config: TransformerConfig) -> range:
     rank = parallel_state.get_pipeline_model_parallel_rank()
     offset = get_transformer_layer_offset(config, None, rank)
     return range(offset + 1, offset + get_num_layers_to_build(config, None, rank) + 1)
+
+
+# -------------------------------------------------------------------------------------------------- kernels
+
+
+def one_kernel(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """An element-wise function of tensors, on a GPU compiled into one kernel; on a CPU it runs as it is.
+
+    It may not break torch.compile's graph; `TORCH_COMPILE_DISABLE=1` turns compiling off.
+    """
+
+    @functools.wraps(function)
+    def call(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        return (_compiled(function) if x.is_cuda else function)(x, *others)
+
+    return call
+
+
+@functools.cache
+def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return torch.compile(function, fullgraph=True, dynamic=True)
+
+
+def add_residual(
+    out_and_bias: tuple[torch.Tensor, torch.Tensor | None], x: torch.Tensor, dropout: float, training: bool
+) -> torch.Tensor:
+    """x + dropout(output + bias), on a GPU in one kernel."""
+    return get_bias_dropout_add(training, has_gpu())(out_and_bias, x, dropout)
 
 
 # ------------------------------------------------------------------------------------------------- training

@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the s
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait let other processes compute
 
+import torch
 from launch import run_forked
 
 from megatron_retro.config.flags import parse
@@ -30,6 +31,10 @@ _measured_once = functools.cache(embedding.fastest_dtype)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     files = {name: place for place, name in enumerate(_SLOWEST)}
     items.sort(key=lambda item: files.get(item.path.stem, len(files)))
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 def stdlib_texts(count: int, max_characters: int = 2000) -> list[str]:

@@ -23,6 +23,7 @@ from megatron_retro.mcore import (
     RowParallelLinear,
     TransformerConfig,
     get_cuda_rng_tracker,
+    one_kernel,
     parallel_state,
 )
 from megatron_retro.model.neighbors import Neighbors
@@ -71,12 +72,10 @@ class _Rotation(torch.autograd.Function):
         return _rotated(gradient, cosine, -sine), None, None
 
 
+@one_kernel
 def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    (first, second), (out_first, out_second) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.mul(first, cosine, out=out_first).addcmul_(second, sine, value=-1)
-    torch.mul(second, cosine, out=out_second).addcmul_(first, sine)
-    return out
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
 
 
 @dataclasses.dataclass(frozen=True)

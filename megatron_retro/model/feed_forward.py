@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_retro.mcore import MLP, ColumnParallelLinear, MLPSubmodules, RowParallelLinear, TransformerConfig
+from megatron_retro.mcore import (
+    MLP,
+    ColumnParallelLinear,
+    MLPSubmodules,
+    RowParallelLinear,
+    TransformerConfig,
+    one_kernel,
+)
 from megatron_retro.model.recompute import Recompute
 
 
@@ -26,7 +33,7 @@ class FeedForward(MLP):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[S, N, D] → (output [S, N, D], its bias [D] or None)."""
         inner, bias = self.linear_fc1(x)
-        inner = inner if bias is None else inner + bias
+        inner = inner if bias is None else inner.add_(bias)
         activated = self._activate(inner)
         with self._recompute.kept_as_recipe(activated, lambda: self._activate(inner)):
             return self.linear_fc2(activated)
@@ -43,15 +50,20 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x)
-        gate, linear = x.chunk(2, -1)
-        return F.silu(gate) * linear
+        return _swiglu(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        gate, linear = x.chunk(2, -1)
-        of_x = torch.empty_like(x)
-        of_gate, of_linear = of_x.chunk(2, -1)
-        torch.mul(gradient, F.silu(gate), out=of_linear)
-        of_gate.copy_(torch.ops.aten.silu_backward(gradient * linear, gate))
-        return of_x
+        return _swiglu_backward(gradient, *ctx.saved_tensors)
+
+
+@one_kernel
+def _swiglu(x: Tensor) -> Tensor:
+    gate, linear = x.chunk(2, -1)
+    return F.silu(gate) * linear
+
+
+@one_kernel
+def _swiglu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    gate, linear = x.chunk(2, -1)
+    return torch.cat((torch.ops.aten.silu_backward(gradient * linear, gate), gradient * F.silu(gate)), -1)

@@ -15,7 +15,7 @@ from megatron_retro.mcore import (
     SelfAttention,
     SelfAttentionSubmodules,
     TransformerConfig,
-    get_bias_dropout_add,
+    add_residual,
     sharded_dropout,
 )
 from megatron_retro.model.attention import CoreAttention, CrossAttention, Pattern
@@ -98,7 +98,7 @@ class Layer(MegatronModule):
         with self._recompute.kept_as_recipe(normed, lambda: norm(x)):
             out_and_bias = function(normed, *inputs)
         with sharded_dropout(self.config):
-            return get_bias_dropout_add(self.training, False)(out_and_bias, x, self.config.hidden_dropout)
+            return add_residual(out_and_bias, x, self.config.hidden_dropout, self.training)
 
 
 class LayerStack(MegatronModule):
