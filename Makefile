@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.requirements-installed
-SCRIPTS := $(wildcard examples/*.sbatch examples/*/*.sh) .ci/run
+SCRIPTS := $(wildcard examples/*.sbatch examples/*/*.sh benchmarks/*.sh) .ci/run
 
 # Threads of each of the two processes that torchrun starts here; unset, torchrun says that it sets one.
 export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 2) // 2))')
