@@ -17,8 +17,9 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def world_size(otherwise: int = 1) -> int:
+    """Number of ranks; `otherwise` in a process that no launcher started."""
+    return int(os.environ.get("WORLD_SIZE", otherwise))
 
 
 def local_world_size() -> int:
