@@ -5,8 +5,10 @@ tensors without memory, as one rank of a world without others, while its bytes a
 batch is the dearest there is: padded somewhere, every neighbor present and whole.
 """
 
+import contextlib
 import dataclasses
 import time
+import unittest.mock
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from megatron_retro.config.model import ParallelConfig
 from megatron_retro.config.training import PretrainConfig
 from megatron_retro.data.samples import Batch
 from megatron_retro.model.flops import MultiplyAdds, multiply_adds
+from megatron_retro.model.loss import LOGITS_AT_ONCE
 from megatron_retro.model.model import padded_vocab_size
 from megatron_retro.training.data import (
     check_num_neighbors,
@@ -55,7 +58,7 @@ class Stage:
         has_encoder: whether the neighbor encoder lives here.
         parameters: of this rank.
         weights, gradients, optimizer: bytes.
-        boundary: bytes of the tensor that a rank of it hands to the next stage a micro-batch, whose gradient comes back.
+        boundary: bytes that a rank hands to the next stage a micro-batch; as many come back.
         steps: by recomputation.
     """
 
@@ -228,11 +231,13 @@ def _parameters_of_all(config: PretrainConfig, vocab_size: int, chunk_length: in
 def _stage(
     config: PretrainConfig, number: int, num_ranks: int, num_microbatches: int, vocab_size: int, chunk_length: int
 ) -> Stage:
-    parallel, steps = config.parallel, {}
+    parallel = config.parallel
+    steps: dict[str | None, Step] = {}
     stages, tensor = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
     in_flight_and_one = min(num_microbatches, stages - number + 1)  # with more, the same begins again
     for mode in MODES:
-        with mcore.simulated_rank(number * (num_ranks // stages), num_ranks, tensor, stages), without_memory():
+        rank = number * (num_ranks // stages)
+        with mcore.simulated_rank(rank, num_ranks, tensor, stages), without_memory(), _loss_as_on_this_machine():
             with LiveBytes() as live:
                 model = make_model(config, vocab_size, chunk_length)
             inner, parameters = mcore.unwrap(model), _num_parameters(model)
@@ -251,6 +256,12 @@ def _stage(
         rows * row_bytes // (tensor if parallel.sequence_parallel else 1),
         steps,
     )
+
+
+def _loss_as_on_this_machine() -> contextlib.AbstractContextManager:
+    """A simulated rank computes as on a CPU, where fewer logits exist at a time than on a GPU."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return unittest.mock.patch.dict(LOGITS_AT_ONCE, cpu=LOGITS_AT_ONCE[kind])
 
 
 def _num_parameters(model: torch.nn.Module) -> int:
@@ -279,7 +290,7 @@ def _run(config: PretrainConfig, plan: Plan) -> str:
     lines = [
         f"{kind}, {plan.parameters / 1e6:,.1f}M parameters; TP {parallel.tensor_model_parallel_size} × "
         f"PP {len(plan.stages)} × DP {plan.data_parallel_size}; {'bf16' if parallel.bf16 else 'fp32'}; an update reads "
-        f"{plan.tokens:,} tokens in {plan.num_microbatches} micro-batches",
+        f"{plan.tokens:,} tokens in {_number(plan.num_microbatches, 'micro-batch', 'es')}",
         per_token,
     ]
     if len(plan.stages) > 1:
@@ -305,13 +316,18 @@ def _memory(plan: Plan) -> list[str]:
 
 def _speed(config: PretrainConfig, plan: Plan, rate: float) -> list[str]:
     ranks = plan.data_parallel_size * config.parallel.ranks_of_a_model
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    gpu = torch.cuda.is_available()
+    where = torch.cuda.get_device_name() if gpu else f"CPU, {_number(torch.get_num_threads(), 'thread')}"
     rows = [[*_BY_MODE, "at the matrix rate (upper bound)", f"at {_REACHED:.0%} of it"]]
     for mode in MODES:
         bound = plan.tokens_per_second(mode, rate)
         rows.append([mode or "none", f"{bound:,.0f}", f"{bound * _REACHED:,.0f}"])
-    one = f"tokens/s on {ranks} rank{'s' * (ranks > 1)} like this one ({where}: {rate / 1e12:,.3g} TFLOP/s)"
-    return [one, *_aligned(rows)]
+    rate_here = f"{where}: {rate / 1e12:,.3g} TFLOP/s in a matrix product"
+    return [f"tokens/s on {_number(ranks, 'rank')} like this ({rate_here})", *_aligned(rows)]
+
+
+def _number(count: int, what: str, plural: str = "s") -> str:
+    return f"{count:,} {what}" + plural * (count > 1)
 
 
 def _gib(size: float) -> str:
