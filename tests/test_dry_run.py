@@ -11,6 +11,7 @@ from launch import ROOT, run, run_forked
 
 from megatron_retro.config.flags import parse
 from megatron_retro.config.training import PretrainConfig
+from megatron_retro.distributed import world_size
 from megatron_retro.errors import UserError
 from megatron_retro.training.dry_run import dry_run
 
@@ -89,3 +90,10 @@ def test_it_refuses_what_training_refuses(small_work: pathlib.Path, flags: list[
     config.finish(1)
     with pytest.raises(UserError, match=message):
         dry_run(config, 1)
+
+
+@pytest.mark.parametrize("given", ["many", "0", "-4"])
+def test_a_wrong_number_of_ranks_is_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", given)
+    with pytest.raises(UserError, match=f"WORLD_SIZE is '{given}'"):
+        world_size()
