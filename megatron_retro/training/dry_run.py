@@ -2,7 +2,7 @@
 
 Nothing here repeats the model's shapes: each pipeline stage is built and run through its schedule as in training, on
 tensors without memory, as one rank of a world without others, while its bytes and matrix products are counted. The
-batch is the dearest there is: padded somewhere, every neighbor present and whole.
+batch is the dearest there is: as if padded and as if some chunk had no neighbors, yet every neighbor present and whole.
 """
 
 import contextlib
@@ -162,16 +162,17 @@ def plan(config: PretrainConfig, num_ranks: int, vocab_size: int, chunk_length: 
 def dearest_batch(config: PretrainConfig, chunk_length: int) -> Batch:
     """A micro-batch that takes as much as any can."""
     num_samples, length = config.optimization.micro_batch_size, config.model.seq_length
-    shape = (num_samples, length // chunk_length, config.retro.retro_num_neighbors)
-    retrieved = 2 * chunk_length
+    num_chunks, num_neighbors = length // chunk_length, config.retro.retro_num_neighbors
+    shape = (num_samples, num_chunks, num_neighbors)
     reads = config.active_retro is not None
     return Batch(
         tokens_BxS=torch.zeros(num_samples, length, dtype=torch.int64),
         labels_BxS=torch.zeros(num_samples, length, dtype=torch.int64),
         loss_mask_BxS=torch.ones(num_samples, length),
-        mask=torch.ones(length, length, dtype=torch.bool).tril().expand(num_samples, 1, -1, -1).contiguous(),
-        neighbor_tokens_BxLxKxR=torch.zeros(*shape, retrieved, dtype=torch.int64) if reads else None,
-        neighbor_lengths_BxLxK=torch.full(shape, retrieved) if reads else None,
+        order_BxS=torch.arange(length).repeat(num_samples, 1),
+        neighbor_tokens_BxLxKxR=torch.zeros(*shape, 2 * chunk_length, dtype=torch.int64) if reads else None,
+        neighbor_lengths_BxLxK=torch.full(shape, 2 * chunk_length) if reads else None,
+        neighbor_chunks_M=torch.arange(num_samples * num_chunks) if reads else None,
         sample_ids=np.arange(num_samples),
     )
 
