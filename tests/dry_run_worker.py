@@ -46,7 +46,7 @@ def count_tensors(config: PretrainConfig) -> dict[str, list[float]]:
         model = make_model(config, VOCAB, CHUNK)
     found = {"model": [stage.weights + stage.gradients, live.now]}
     step = run_step(config, model, live, microbatches, CHUNK)
-    of_stage = stage.steps[None]
+    of_stage = stage.steps[parallel.recompute_granularity]
     found |= {"activations": [of_stage.activations, step.activations], "flops": [of_stage.flops, step.flops]}
     with LiveBytes() as live:
         _, optimizer = make_model_and_optimizer(config, VOCAB, CHUNK)
@@ -62,7 +62,7 @@ def measure_process(config: PretrainConfig) -> dict[str, list[float]]:
     train(finished(WARM_UP))
     start = resident("VmRSS")
     train(config)
-    return {"peak": [stage.peak(None), resident("VmHWM") - start]}
+    return {"peak": [stage.peak(config.parallel.recompute_granularity), resident("VmHWM") - start]}
 
 
 def train(config: PretrainConfig) -> None:

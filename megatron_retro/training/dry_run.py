@@ -31,7 +31,7 @@ from megatron_retro.training.evaluation import boundary_length, forward_step
 from megatron_retro.training.live_bytes import LiveBytes, without_memory
 from megatron_retro.training.loop import make_model
 
-MODES = (None,)  # of --recompute-granularity
+MODES = (None, "selective", "full")  # of --recompute-granularity
 _REACHED = 0.6  # of the matrix rate, by a good run
 _BY_MODE = ("recomputing",)
 
@@ -237,6 +237,7 @@ def _stage(
     stages, tensor = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
     in_flight_and_one = min(num_microbatches, stages - number + 1)  # with more, the same begins again
     for mode in MODES:
+        config = dataclasses.replace(config, parallel=dataclasses.replace(parallel, recompute_granularity=mode))
         rank = number * (num_ranks // stages)
         with mcore.simulated_rank(rank, num_ranks, tensor, stages), without_memory(), _loss_as_on_this_machine():
             with LiveBytes() as live:
