@@ -42,16 +42,19 @@ def count_tensors(config: PretrainConfig) -> dict[str, list[float]]:
     stage, parallel = planned(config), config.parallel
     mcore.initialize(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     microbatches = config.optimization.global_batch_size // config.optimization.micro_batch_size
-    with LiveBytes() as live:
-        model = make_model(config, VOCAB, CHUNK)
-    found = {"model": [stage.weights + stage.gradients, live.now]}
-    step = run_step(config, model, live, microbatches, CHUNK)
-    of_stage = stage.steps[parallel.recompute_granularity]
-    found |= {"activations": [of_stage.activations, step.activations], "flops": [of_stage.flops, step.flops]}
+    of_model, found = stage.weights + stage.gradients, {}
+    for mode, planned_step in stage.steps.items():
+        parallel.recompute_granularity = mode
+        with LiveBytes() as live:
+            model = make_model(config, VOCAB, CHUNK)
+        found[f"model {mode}"] = [of_model, live.now]
+        step = run_step(config, model, live, microbatches, CHUNK)
+        found[f"activations {mode}"] = [planned_step.activations, step.activations]
+        found[f"flops {mode}"] = [planned_step.flops, step.flops]
     with LiveBytes() as live:
         _, optimizer = make_model_and_optimizer(config, VOCAB, CHUNK)
         mcore.optimizer_step(optimizer)
-    return found | {"optimizer": [stage.optimizer, live.now - stage.weights - stage.gradients]}
+    return found | {"optimizer": [stage.optimizer, live.now - of_model]}
 
 
 def measure_process(config: PretrainConfig) -> dict[str, list[float]]:
