@@ -2,6 +2,7 @@
 
 python pretrain_retro.py --retro-work-dir DIR --retro-add-retriever …
 torchrun --nproc-per-node N pretrain_retro.py …
+WORLD_SIZE=N python pretrain_retro.py … --dry-run
 """
 
 from megatron_retro.config.flags import parse
@@ -12,8 +13,15 @@ from megatron_retro.errors import exit_on_user_error
 
 def main() -> None:
     config = parse(PretrainConfig, description=(__doc__ or "").splitlines()[0])
+    # What needs torch is imported when the flags are known to be right.
+    if config.run.dry_run:
+        ranks = world_size(otherwise=config.parallel.ranks_of_a_model)
+        config.finish(ranks)
+        from megatron_retro.training.dry_run import dry_run
+
+        return dry_run(config, ranks)
     config.finish(world_size())
-    from megatron_retro.training.loop import train  # after the flags are known to be right: it imports torch
+    from megatron_retro.training.loop import train
 
     train(config)
 

@@ -17,8 +17,18 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def world_size(otherwise: int = 1) -> int:
+    """Number of ranks; `otherwise` in a process that no launcher started.
+
+    Raises:
+        UserError: WORLD_SIZE is no number of ranks.
+    """
+    given = os.environ.get("WORLD_SIZE")
+    if given is None:
+        return otherwise
+    if not given.isdecimal() or int(given) < 1:
+        raise UserError(f"WORLD_SIZE is {given!r}; it takes a number of ranks, from 1")
+    return int(given)
 
 
 def local_world_size() -> int:

@@ -89,7 +89,8 @@ _CHECKPOINT_FORMAT = {"non_homogeneous_layers": True, "chained_optim_avoid_prefi
 
 
 def has_gpu() -> bool:
-    return torch.cuda.is_available()
+    """Whether this rank computes on one; a simulated rank does not."""
+    return torch.cuda.is_available() and not _is_simulated()
 
 
 def device() -> torch.device:
@@ -102,7 +103,7 @@ def initialize(tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1, *
 
     Each rank has chosen its GPU before (`distributed.use_this_ranks_share`).
     """
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # sequence parallelism overlaps better so
+    _set_environment()
     if not has_gpu():
         redirect_to_cpu()
     if not dist.is_initialized():
@@ -113,6 +114,37 @@ def initialize(tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1, *
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel(tensor_parallel_size, pipeline_parallel_size)
     reseed(0)
+
+
+@contextlib.contextmanager
+def simulated_rank(
+    rank: int, world_size: int, tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1
+) -> Iterator[None]:
+    """Be one rank of a world that has no others: groups form, communication returns at once and moves nothing.
+
+    It computes as on a CPU, and this process does so from then on.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    _set_environment()
+    redirect_to_cpu()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_parallel_size, pipeline_parallel_size, create_gloo_process_groups=False
+        )
+        reseed(0)
+        yield
+    finally:
+        shut_down()
+
+
+def _set_environment() -> None:
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # sequence parallelism overlaps better so
+
+
+def _is_simulated() -> bool:
+    return dist.is_initialized() and dist.get_backend() == "fake"
 
 
 def shut_down() -> None:

@@ -18,7 +18,7 @@ def one_process() -> None:
 
 @pytest.fixture(params=[1, 5, 13], ids="{} at once".format)
 def positions_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(loss, "_LOGITS_AT_ONCE_CPU", request.param * V)
+    monkeypatch.setitem(loss.LOGITS_AT_ONCE, "cpu", request.param * V)
     return request.param
 
 
@@ -67,7 +67,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_never_holds_the_logits_of_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "_LOGITS_AT_ONCE_CPU", 5 * V)
+    monkeypatch.setitem(loss.LOGITS_AT_ONCE, "cpu", 5 * V)
     with Largest() as largest:
         total, _ = loss.cross_entropy(*make_inputs())
         total.backward()

@@ -130,7 +130,9 @@ def _absolute_config(arguments: list[str]) -> list[str]:
 
 
 def _world_size(words: list[str]) -> int | None:
-    """Ranks that a command starts; None where it leaves that to a variable or to SLURM."""
+    """Ranks that a command starts; None where it leaves that to a variable or to SLURM, or only plans."""
+    if "--dry-run" in words:
+        return None
     if words[0].startswith("python"):
         return 1
     counts = {"--nproc-per-node": "1", "--nnodes": "1"}

@@ -179,6 +179,11 @@ class ParallelConfig:
             for name in ("retro_encoder_num_attention_heads", "retro_encoder_ffn_hidden_size"):
                 _divides("tensor_model_parallel_size", tensor, name, getattr(retro, name))
 
+    @property
+    def ranks_of_a_model(self) -> int:
+        """Ranks that hold the weights once (TP × PP)."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
     def check_retrieved_length(self, retrieved_length: int) -> None:
         """Check that sequence parallelism can shard the encoder's `retrieved_length` tokens (2C, from the work dir)."""
         if self.sequence_parallel and retrieved_length % self.tensor_model_parallel_size:

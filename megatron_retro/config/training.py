@@ -50,6 +50,7 @@ class RunConfig:
     tensorboard_dir: str | None = flag(None, "directory for TensorBoard")
     exit_interval: int | None = flag(None, "save and exit after this many updates of this run")
     exit_duration_in_mins: float | None = flag(None, "save and exit after this many minutes")
+    dry_run: bool = flag(False, "print parameters, memory a rank and speed to expect, and exit")
 
 
 @dataclasses.dataclass

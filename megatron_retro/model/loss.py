@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_retro.mcore import parallel_state
 
-_LOGITS_AT_ONCE_CPU, _LOGITS_AT_ONCE_GPU = 2**23, 2**27  # fit a CPU's cache; fill a GPU
+LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**27}  # fit a CPU's cache; fill a GPU
 
 
 def cross_entropy(x_TxD: Tensor, weight_VxD: Tensor, labels_T: Tensor, loss_mask_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ class _CrossEntropy(torch.autograd.Function):
         x_gradient = torch.empty_like(x_TxD) if wants_x else None
         weight_gradient = torch.empty_like(weight_VxD) if wants_weight else None
         losses = []
-        at_once = _LOGITS_AT_ONCE_GPU if x_TxD.is_cuda else _LOGITS_AT_ONCE_CPU
+        at_once = LOGITS_AT_ONCE[x_TxD.device.type]
         length = max(1, at_once // len(weight_VxD))
         for begin in range(0, len(x_TxD), length):
             part = slice(begin, begin + length)

@@ -35,10 +35,10 @@ class Recompute:
         if self.granularity != "selective":
             yield
             return
-        place, size = made.data_ptr(), made.numel()  # nothing else can lie there while `made` is alive
+        place = _place(made)  # nothing else can lie there while `made` is alive
 
         def pack(saved: Tensor) -> Tensor | torch.Size:
-            return saved.shape if (saved.data_ptr(), saved.numel()) == (place, size) else saved
+            return saved.shape if _place(saved) == place else saved
 
         def unpack(kept: Tensor | torch.Size) -> Tensor:
             if isinstance(kept, Tensor):
@@ -48,3 +48,8 @@ class Recompute:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
+
+
+def _place(x: Tensor) -> tuple[int, int, int]:
+    """Where a tensor lies, also one without data: (memory, offset, number of elements)."""
+    return x.untyped_storage()._cdata, int(x.storage_offset()), x.numel()

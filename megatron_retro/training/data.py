@@ -39,11 +39,7 @@ class TrainingData:
         Raises:
             UserError: a stage is missing, or something was exchanged since it was built.
         """
-        if not (pathlib.Path(work_dir) / "manifest.json").exists():
-            raise UserError(
-                f"--retro-work-dir {work_dir} holds no manifest.json; tools/preprocess_retro_data.py builds a work dir"
-            )
-        work = WorkDir(work_dir)
+        work = open_work_dir(work_dir)
         work.verify(STAGES if retrieve else STAGES[: STAGES.index("chunks") + 1])
         neighbors = None
         if retrieve:
@@ -78,8 +74,7 @@ class TrainingData:
                 fewer neighbors than asked for, or the split is too small.
         """
         chunk_length = self.table.chunk_length
-        if seq_length % chunk_length:
-            raise UserError(f"--seq-length {seq_length} is no multiple of the work dir's chunk length {chunk_length}")
+        check_seq_length(seq_length, chunk_length)
         weights = corpus_weights(self.table, data.data_path)
         if retro and self.neighbors:
             check_num_neighbors(retro.retro_num_neighbors, self.neighbors.num_neighbors)
@@ -108,6 +103,19 @@ class TrainingData:
         return len(self.table.chunks_of(self.table.documents_in(split, self.split_weights)))
 
 
+def open_work_dir(path: str) -> WorkDir:
+    """The manifest of a work dir that there is.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not (pathlib.Path(path) / "manifest.json").exists():
+        raise UserError(
+            f"--retro-work-dir {path} holds no manifest.json; tools/preprocess_retro_data.py builds a work dir"
+        )
+    return WorkDir(path)
+
+
 def split_weights(work: WorkDir) -> tuple[float, ...]:
     """The shares of train, valid and test that a work dir was built with."""
     return tuple(float(share) for share in str(work.settings["split"]).split(","))
@@ -118,6 +126,12 @@ def check_split(asked: str | None, work_dir_split: tuple[float, ...]) -> None:
     if asked is not None and tuple(float(share) for share in asked.split(",")) != work_dir_split:
         built = ",".join(f"{share:g}" for share in work_dir_split)
         raise UserError(f"--split {asked} differs from the work dir's {built}; leave it out, or build a new work dir")
+
+
+def check_seq_length(seq_length: int, chunk_length: int) -> None:
+    """Refuse samples that are no whole number of chunks."""
+    if seq_length % chunk_length:
+        raise UserError(f"--seq-length {seq_length} is no multiple of the work dir's chunk length {chunk_length}")
 
 
 def check_num_neighbors(asked: int, saved: int) -> None:

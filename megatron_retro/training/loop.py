@@ -169,9 +169,7 @@ def make_model_and_optimizer(
         chunk_length: C.
     """
     optimization = config.optimization
-    model = mcore.wrap_for_training(
-        RetroModel(config.model, config.active_retro, config.parallel, vocab_size, chunk_length, config.data.seed)
-    )
+    model = make_model(config, vocab_size, chunk_length)
     optimizer = mcore.build_optimizer(
         model,
         lr=optimization.lr,
@@ -183,6 +181,13 @@ def make_model_and_optimizer(
         clip_grad=optimization.clip_grad,
     )
     return model, optimizer
+
+
+def make_model(config: PretrainConfig, vocab_size: int, chunk_length: int) -> mcore.DistributedDataParallel:
+    """This rank's part of the model, as `make_model_and_optimizer`."""
+    return mcore.wrap_for_training(
+        RetroModel(config.model, config.active_retro, config.parallel, vocab_size, chunk_length, config.data.seed)
+    )
 
 
 def train_step(
