@@ -17,7 +17,9 @@ class DataConfig:
     split: str | None = flag(None, "must be the work dir's; for scripts that pass it", show="the work dir's")
     seed: int = flag(1234, "of weights, sample order and dropout")
     num_workers: int | None = flag(
-        None, "processes a rank reads samples with, ahead of the step; 0: it reads them itself", show="2 with a GPU, else 0"
+        None,
+        "processes a rank reads samples with, ahead of the step; 0: it reads them itself",
+        show="2 with a GPU, else 0",
     )
 
 

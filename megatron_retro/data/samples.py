@@ -7,7 +7,7 @@ shuffled again. Corpora are interleaved by weight, each with epochs of its own.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        changed: Any = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
         return dataclasses.replace(self, **changed)
 
 
@@ -255,7 +255,7 @@ class Samples:
         return np.take_along_axis(np.where(dropped, -1, ids), nearest, axis=-1)
 
     def _repeated_or_copied(self, chunks: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Which neighbors [n, K_saved] of chunks [n] have the text of a nearer one, or too long a run of their chunk's."""
+        """Which neighbors [n, K_saved] of chunks [n] have the text of a nearer one, or too long a run of it."""
         length = self.table.chunk_length
         rows, lengths = self.table.tokens(ids.reshape(-1), length, self._pad)
         repeated = repeats(rows.reshape(*ids.shape, length), ids >= 0)

@@ -14,7 +14,7 @@ def matrix_product(dtype: torch.dtype) -> tuple[Callable[[], None], float]:
     """(a square matrix product large enough to run at this device's rate, its FLOPs)."""
     gpu = torch.cuda.is_available()
     size, times = (8192, 4) if gpu else (1024, 1)
-    a, b = (torch.randn(size, size, device="cuda" if gpu else "cpu").to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, dtype=dtype, device="cuda" if gpu else "cpu") for _ in range(2))
 
     def multiply() -> None:
         for _ in range(times):
@@ -25,8 +25,7 @@ def matrix_product(dtype: torch.dtype) -> tuple[Callable[[], None], float]:
 
 def matrix_rate(dtype: torch.dtype) -> float:
     """FLOP/s of `matrix_product` on this rank's device while the other ranks of the run multiply too."""
-    with torch.random.fork_rng():
-        multiply, flop = matrix_product(dtype)
+    multiply, flop = matrix_product(dtype)
     multiply()  # warm up
     if dist.is_initialized():
         dist.barrier()

@@ -1,4 +1,4 @@
-"""Samples read ahead of the step that takes them, by processes of their own, into pinned memory where there is a GPU."""
+"""Samples read ahead of their step, by processes of their own, into pinned memory where there is a GPU."""
 
 import signal
 from collections.abc import Iterator
