@@ -27,6 +27,7 @@ class StepClock:
     """Seconds by phase, summed over steps. A phase inside another is taken out of that one."""
 
     def __init__(self) -> None:
+        self._gpu = mcore.has_gpu()
         self._seconds = dict.fromkeys((*PHASES, _OTHER), 0.0)
         self._phases: list[str] = []
         self._marks: collections.deque[tuple[Any, str | None]] = collections.deque()  # when; the phase from then on
@@ -56,7 +57,7 @@ class StepClock:
 
     def _mark(self) -> None:
         phase = self._phases[-1] if self._phases else None
-        if not mcore.has_gpu():
+        if not self._gpu:
             self._marks.append((time.perf_counter(), phase))
             return
         event = torch.cuda.Event(enable_timing=True)
@@ -65,13 +66,13 @@ class StepClock:
 
     def _sum_up(self, *, wait: bool) -> None:
         """Count what lies between marks, on a GPU up to the last that has passed."""
-        if wait and mcore.has_gpu() and self._marks:
+        if wait and self._gpu and self._marks:
             self._marks[-1][0].synchronize()
-        while len(self._marks) > 1 and (not mcore.has_gpu() or self._marks[1][0].query()):
+        while len(self._marks) > 1 and (not self._gpu or self._marks[1][0].query()):
             begin, phase = self._marks.popleft()
             end = self._marks[0][0]
             if phase is not None:
-                self._seconds[phase] += begin.elapsed_time(end) / 1e3 if mcore.has_gpu() else end - begin
+                self._seconds[phase] += begin.elapsed_time(end) / 1e3 if self._gpu else end - begin
 
 
 @contextlib.contextmanager
