@@ -11,7 +11,7 @@ so a real step takes longer and the ratio is larger. Fields that need a word:
     tokens_per_cpu_second       of the decoder
     opened_files                by Python while samples were read; to be 0
     step_tflop                  a step's model FLOPs (megatron_retro/model/flops.py)
-    matmul_tflops_per_second    of --dtype, of this process's threads or its GPU
+    matmul_tflops_per_second    of --dtype, the best seen by CPU time of one thread, or this process's GPU's
     step_ms                     the bound, of the whole --micro-batch-size
     loader_over_step            samples that the loader reads by the time the step has taken one
 """
@@ -33,7 +33,7 @@ from train_step import PRESETS, Case  # noqa: E402
 
 from megatron_retro.errors import exit_on_user_error  # noqa: E402
 from megatron_retro.training.data import TrainingData  # noqa: E402
-from megatron_retro.training.matrix_rate import matrix_rate  # noqa: E402
+from megatron_retro.training.matrix_rate import matrix_product, matrix_rate  # noqa: E402
 
 WARM_UP = 4  # batches
 
@@ -64,7 +64,7 @@ def main() -> None:
             opened.count, begin = 0, time.process_time()
         samples.batch(number * size + np.arange(size))
     seconds, num_opened = (time.process_time() - begin) / (batches * size), opened.count
-    rate = matrix_rate(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    rate = best_rate(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     line = {
         "preset": args.preset,
         "dtype": args.dtype,
@@ -80,6 +80,19 @@ def main() -> None:
         "loader_over_step": round(case.flops / rate / (size * seconds), 1),
     }
     print(json.dumps(line))
+
+
+def best_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product; on a CPU by CPU time, as the loader is measured, whatever else runs."""
+    if torch.cuda.is_available():
+        return matrix_rate(dtype)
+    multiply, flop = matrix_product(dtype)
+    seconds = []
+    for _ in range(10):
+        begin = time.process_time()
+        multiply()
+        seconds.append(time.process_time() - begin)
+    return flop / min(seconds)
 
 
 class OpenedFiles:

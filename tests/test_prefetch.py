@@ -1,6 +1,7 @@
 """The data path of training: no file is opened once it runs, and reading ahead changes nothing but the time."""
 
 import dataclasses
+import json
 import pathlib
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from launch import run_forked
 
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.training import DataConfig
@@ -52,6 +54,16 @@ def test_read_ahead_the_batches_are_the_same(samples: Samples) -> None:
             assert np.array_equal(one, other) if isinstance(one, np.ndarray) else same(one, other), field.name
     with pytest.raises(AssertionError, match=r"\[ 8  9 10\] were read, not \[0 1 2\]"):
         Prefetched(samples, iter(order[1:]), num_workers=1).batch(np.arange(3))
+
+
+def test_benchmark_reports_the_loader(small_work: pathlib.Path) -> None:
+    small = "--preset cpu-tiny --samples 8 --num-layers 2 --hidden-size 32 --num-attention-heads 2 --retro-layers 1"
+    output = run_forked("benchmarks/data_path.py", "--retro-work-dir", small_work, *small.split())
+    line = json.loads(output.splitlines()[-1])
+    assert line["samples"] == 8 and line["opened_files"] == 0
+    assert line["tokens_per_cpu_second"] == pytest.approx(256 * line["samples_per_cpu_second"], rel=1e-3)
+    step_seconds_a_sample = line["step_tflop"] / line["matmul_tflops_per_second"] / 4
+    assert line["loader_over_step"] == pytest.approx(step_seconds_a_sample * line["samples_per_cpu_second"], rel=0.1)
 
 
 def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:

@@ -80,3 +80,18 @@ def test_matrix_rate(dtype: torch.dtype) -> None:
     _, flop = matrix_product(dtype)
     assert flop > 1e9
     assert 1e8 < matrix_rate(dtype) < 1e16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu_the_stream_is_timed() -> None:
+    multiply, _ = matrix_product(torch.bfloat16)
+    clock = StepClock()
+    for _ in range(3):
+        with clock.step():
+            with clock.phase(DATA):
+                pass
+            with clock.phase(FORWARD_BACKWARD):
+                multiply()  # returns long before it is done
+    seconds = clock.take()
+    assert seconds[FORWARD_BACKWARD] > 10 * seconds[DATA] >= 0
