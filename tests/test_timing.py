@@ -83,7 +83,6 @@ def test_matrix_rate(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_a_gpu_the_stream_is_timed() -> None:
     multiply, _ = matrix_product(torch.bfloat16)
     clock = StepClock()
