@@ -41,6 +41,7 @@ from megatron_retro.config.training import PretrainConfig  # noqa: E402
 from megatron_retro.data.samples import Batch, chunks_that_read  # noqa: E402
 from megatron_retro.errors import UserError, exit_on_user_error  # noqa: E402
 from megatron_retro.model.flops import multiply_adds  # noqa: E402
+from megatron_retro.training.matrix_rate import matrix_product, synchronize  # noqa: E402
 
 CHUNK = 64
 # name -> (vocabulary, flags of pretrain_retro.py)
@@ -61,7 +62,7 @@ PRESETS = {
 }
 MODELS = ("gpt", "retro", "plain")
 WARM_UP = 2  # turns
-Step = Callable[[], float]  # trains once, returns the loss
+Step = Callable[[], float | None]  # trains once, returns the loss
 
 
 def main() -> None:
@@ -123,7 +124,8 @@ def measure(cases: dict[str, Case], steps: int, flags: list[str]) -> list[dict]:
     makers = {name: make(case) for name, case in cases.items()}
     sizes = {name: size for name, (_, size) in makers.items()}
     assert not {"retro", "plain"} <= sizes.keys() or sizes["retro"] == sizes["plain"], sizes
-    multiply, flop = matrix_product(next(iter(cases.values())).dtype)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[next(iter(cases.values())).dtype]
+    multiply, flop = matrix_product(dtype)
     turns = take_turns({**{name: step for name, (step, _) in makers.items()}, "matmul": multiply}, steps)
     rate = flop / statistics.median(turns.pop("matmul").seconds) / 1e12
     lines = []
@@ -146,7 +148,7 @@ def measure(cases: dict[str, Case], steps: int, flags: list[str]) -> list[dict]:
             "matmul_tflops_per_second": round(rate, 4),
             "matmul_share": round(case.flops / median / 1e12 / rate, 4),
             **memories[name],
-            "loss": round(turn.loss, 4),
+            "loss": round(turn.loss or 0.0, 4),
         }
         if name == "retro" and "gpt" in turns:
             line["time_over_gpt"] = ratio(turn.seconds, turns["gpt"].seconds)
@@ -164,7 +166,7 @@ class Turns:
 
     seconds: list[float] = dataclasses.field(default_factory=list)
     cpu_seconds: list[float] = dataclasses.field(default_factory=list)
-    loss: float = 0.0
+    loss: float | None = None
 
 
 def take_turns(steps: dict[str, Step], turns: int) -> dict[str, Turns]:
@@ -196,7 +198,7 @@ def make(case: Case) -> tuple[Step, int]:
 def make_product(case: Case) -> tuple[Step, int]:
     """What the loop of `megatron_retro.training.loop.train` does once, learning rate and log aside."""
     from megatron_retro import mcore  # here: the plain model's process shall not import it
-    from megatron_retro.training.loop import agree, make_model_and_optimizer, train_step
+    from megatron_retro.training.loop import make_model_and_optimizer, mean_loss, train_step
 
     if not mcore.parallel_state.model_parallel_is_initialized():
         mcore.initialize()
@@ -207,7 +209,7 @@ def make_product(case: Case) -> tuple[Step, int]:
     def step() -> float:
         mcore.reseed(case.config.data.seed)
         reports, _ = train_step(model, optimizer, samples, ids, micro_batch_size)  # type: ignore[arg-type]
-        return agree(reports, False)[0]
+        return mean_loss(reports)
 
     return step, sum(weight.numel() for weight in model.parameters())
 
@@ -256,26 +258,6 @@ def random_batch(case: Case) -> Batch:
         neighbor_chunks_M=chunks_that_read(np.where(lengths > 0, 0, -1)) if reads else None,
         sample_ids=np.arange(num_samples),
     )
-
-
-def matrix_product(dtype: str) -> tuple[Step, float]:
-    """(a square matrix product large enough to run at the machine's rate, its FLOPs)."""
-    gpu = torch.cuda.is_available()
-    size, times = (8192, 10) if gpu else (2048, 1)
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    a, b = (torch.randn(size, size, device="cuda" if gpu else "cpu").to(kind) for _ in range(2))
-
-    def multiply() -> float:
-        for _ in range(times):
-            torch.mm(a, b)
-        return 0.0
-
-    return multiply, 2.0 * times * size**3
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 # ------------------------------------------------------------------------------------------------------------ memory

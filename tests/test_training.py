@@ -66,15 +66,26 @@ def test_it_learns_and_logs(whole: pathlib.Path) -> None:
     keys = {"iteration", "lm_loss", "grad_norm", "learning_rate", "tokens_per_second", "consumed_samples"}
     assert keys <= set(lines[0])
     assert lines[0]["consumed_samples"] == 4
+    for line in lines[:ITERATIONS]:
+        assert_speed(line)
+        assert line["communication_share"] < line["forward_backward_share"]  # alone there is nobody to wait for
     assert {"valid_loss_on", "valid_loss_off", "valid_loss_random"} <= set(lines[-1])
     assert any((whole / "board").iterdir())
+
+
+def assert_speed(line: dict[str, float]) -> None:
+    shares = [line[f"{phase}_share"] for phase in ("data", "forward_backward", "communication", "optimizer")]
+    assert min(shares) >= 0 and sum(shares) <= 1
+    assert line["forward_backward_share"] > 0 and line["optimizer_share"] > 0 and line["data_share"] > 0
+    assert line["model_tflops_per_second"] > 0 and line["tokens_per_second"] > 0
+    assert 0 < line["matmul_share"] < float("inf")
 
 
 def test_resumed_at_the_same_layout_bit_equal(
     whole: pathlib.Path, small_work: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     save = from_the_middle(whole, tmp_path)
-    run_forked(*flags(small_work, "--load", save, "--save", save))
+    run_forked(*flags(small_work, "--load", save, "--save", save, "--num-workers", 2))
     for key in ("lm_loss", "grad_norm", "learning_rate", "valid_loss_on"):
         expected = {number: value for number, value in metrics(whole, key).items() if number > SAVED}
         assert metrics(save, key) == expected
@@ -92,6 +103,9 @@ def test_resumed_at_another_layout(
     expected = {number: loss for number, loss in metrics(no_dropout).items() if number > SAVED}
     assert metrics(save) == pytest.approx(expected, rel=1e-5)
     assert metrics(save, "valid_loss_off") == pytest.approx(metrics(no_dropout, "valid_loss_off"), rel=1e-5)
+    for line in (save / "metrics.jsonl").read_text().splitlines()[: ITERATIONS - SAVED]:
+        assert_speed(json.loads(line))
+        assert json.loads(line)["communication_share"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +142,14 @@ def test_sigterm_saves_and_exits(small_work: pathlib.Path, tmp_path: pathlib.Pat
     saved = (tmp_path / "latest_checkpointed_iteration.txt").read_text().strip()
     assert f"exiting after iteration {saved}" in rest
     assert (tmp_path / f"iter_{int(saved):07d}" / "run.json").exists()
+
+
+def test_all_ranks_exit_after_the_same_step(small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    arguments = ["--train-iters", 100000, "--exit-duration-in-mins", 1e-6, "--eval-iters", 0, "--save", tmp_path]
+    text = run_forked(*flags(small_work, *arguments), ranks=2)
+    assert "exiting after iteration 2 as asked" in text  # asked after the first step, answered after the second
+    assert sorted(metrics(tmp_path)) == [1, 2]
+    assert (tmp_path / "iter_0000002" / "run.json").exists()
 
 
 def test_gpt_trains_on_the_same_samples(whole: pathlib.Path, small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -16,6 +16,11 @@ class DataConfig:
     )
     split: str | None = flag(None, "must be the work dir's; for scripts that pass it", show="the work dir's")
     seed: int = flag(1234, "of weights, sample order and dropout")
+    num_workers: int | None = flag(
+        None,
+        "processes a rank reads samples with, ahead of the step; 0: it reads them itself",
+        show="2 with a GPU, else 0",
+    )
 
 
 @dataclasses.dataclass
@@ -77,6 +82,7 @@ class PretrainConfig:
         if self.run.save_interval and not self.run.save:
             raise UserError(f"--save-interval {self.run.save_interval} needs --save DIR")
         at_least(1, self.run, "save_interval", "eval_interval", "exit_interval", "log_interval")
+        at_least(0, self.data, "num_workers")
         self._finish_batch(world_size)
         self._check_ranges()
 

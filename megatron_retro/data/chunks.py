@@ -169,13 +169,15 @@ class ChunkTable:
         document = self.document(np.maximum(chunk, 0))
         offset = (chunk - self.first_chunk[document]) * self.chunk_length
         length = np.where(chunk >= 0, np.minimum(self._length[document] - offset, num_tokens), 0)
-        valid = np.arange(num_tokens) < length[:, None]
-        position = np.where(valid, (self._start[document] + offset)[:, None] + np.arange(num_tokens), 0)
+        begin = self._start[document] + offset
         tokens = np.full((len(chunk), num_tokens), pad, np.int64)
-        of_corpus = corpus_of(self.corpus_documents, document)
-        for number in np.unique(of_corpus):
-            here = valid & (of_corpus == number)[:, None]
-            tokens[here] = self.corpora[number].tokens[position[here]]
+        of_corpus = np.where(chunk >= 0, corpus_of(self.corpus_documents, document), -1)
+        for number, corpus in enumerate(self.corpora):
+            rows = np.flatnonzero(of_corpus == number)
+            if len(rows):
+                position = begin[rows, None] + np.arange(num_tokens)
+                tokens[rows] = np.asarray(corpus.tokens).take(position, mode="clip")
+        tokens[np.arange(num_tokens) >= length[:, None]] = pad  # what belongs to the next document
         return tokens, length
 
     def database_documents(self, split_weights: tuple[float, ...]) -> np.ndarray:

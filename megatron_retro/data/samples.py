@@ -6,7 +6,8 @@ shuffled again. Corpora are interleaved by weight, each with epochs of its own.
 """
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -62,12 +63,16 @@ class Batch:
     sample_ids: np.ndarray
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {
-            field.name: getattr(self, field.name).to(device, non_blocking=True)
-            for field in dataclasses.fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Copied to where a GPU can fetch it while the host goes on."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed: Any = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **changed)
 
 
 class CorpusSamples:
@@ -191,9 +196,7 @@ class Samples:
         batch = self._text(chunks_BxL, sample_ids)
         if self._neighbors is None or retrieval == "off":
             return batch
-        ids_BxLxK = np.stack(
-            [self._choose(chunks_BxL[row], int(sample), retrieval) for row, sample in enumerate(sample_ids)]
-        )
+        ids_BxLxK = self._choose(chunks_BxL, sample_ids, retrieval)
         tokens, lengths = self.table.tokens(ids_BxLxK.reshape(-1), 2 * self.table.chunk_length, self._pad)
         return dataclasses.replace(
             batch,
@@ -219,34 +222,40 @@ class Samples:
             sample_ids=sample_ids,
         )
 
-    def _choose(self, chunks: np.ndarray, sample: int, retrieval: str) -> np.ndarray:
-        """Neighbor ids [L, K] of a sample, -1 for none, after training's retrieval dropout."""
-        draw = np.random.default_rng((self._seed, max(sample, 0), _NEIGHBOR_STREAM))
-        share = draw.random()
-        if share < self._dropout:
-            return np.full((len(chunks), self._num_neighbors), -1)
-        ids = self._foreign(chunks)
-        if retrieval == "random" or share < self._dropout + self._random:
-            return self._randomized(ids, chunks, draw)
-        return ids
+    def _choose(self, chunks_BxL: np.ndarray, sample_ids: np.ndarray, retrieval: str) -> np.ndarray:
+        """Neighbor ids [B, L, K] of samples, -1 for none, after training's retrieval dropout."""
+        ids_BxLxK = np.full((*chunks_BxL.shape, self._num_neighbors), -1)
+        draws = [np.random.default_rng((self._seed, max(int(sample), 0), _NEIGHBOR_STREAM)) for sample in sample_ids]
+        share_B = np.array([draw.random() for draw in draws])
+        shown = np.flatnonzero(share_B >= self._dropout)
+        ids_BxLxK[shown] = self._foreign(chunks_BxL[shown])
+        for row in shown:
+            if retrieval == "random" or share_B[row] < self._dropout + self._random:
+                ids_BxLxK[row] = self._randomized(ids_BxLxK[row], chunks_BxL[row], draws[row])
+        return ids_BxLxK
 
     def _foreign(self, chunks: np.ndarray) -> np.ndarray:
-        """The K nearest neighbors [L, K] that the sample may read.
+        """The K nearest neighbors [..., L, K] that samples [..., L] may read.
 
         None from any document of the sample, not just from the chunk's own: a later document of the sample could
         otherwise read its own text through an earlier one. None for the last chunk of a document: only the next
         document's first tokens would read them. None with the text of a nearer one: it would say the same again.
         """
         assert self._neighbors is not None
-        ids = np.where(chunks[:, None] < 0, -1, self._neighbors.ids(np.maximum(chunks, 0)))
-        own = np.isin(self.table.document(np.maximum(ids, 0)), self.table.document(chunks[chunks >= 0]))
-        dropped = (ids < 0) | own | self.table.is_last(np.maximum(chunks, 0))[:, None]
-        dropped |= self._repeated_or_copied(chunks, np.where(dropped, -1, ids))
-        nearest = np.argsort(dropped, axis=1, kind="stable")[:, : self._num_neighbors]
-        return np.take_along_axis(np.where(dropped, -1, ids), nearest, axis=1)
+        known = np.maximum(chunks, 0)
+        saved = self._neighbors.ids(known.reshape(-1))
+        ids = np.where(chunks[..., None] < 0, -1, saved.reshape(*chunks.shape, saved.shape[1]))
+        own_document = np.where(chunks < 0, -1, self.table.document(known))
+        documents = self.table.document(np.maximum(ids, 0))
+        own = (documents[..., None] == own_document[..., None, None, :]).any(-1)
+        dropped = (ids < 0) | own | self.table.is_last(known)[..., None]
+        ids = np.where(dropped, -1, ids)
+        dropped |= self._repeated_or_copied(chunks.reshape(-1), ids.reshape(-1, ids.shape[-1])).reshape(ids.shape)
+        nearest = np.argsort(dropped, axis=-1, kind="stable")[..., : self._num_neighbors]
+        return np.take_along_axis(np.where(dropped, -1, ids), nearest, axis=-1)
 
     def _repeated_or_copied(self, chunks: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Which neighbors [L, K_saved] have the text of a nearer one, or too long a run of their chunk's."""
+        """Which neighbors [n, K_saved] of chunks [n] have the text of a nearer one, or too long a run of it."""
         length = self.table.chunk_length
         rows, lengths = self.table.tokens(ids.reshape(-1), length, self._pad)
         repeated = repeats(rows.reshape(*ids.shape, length), ids >= 0)
@@ -257,7 +266,7 @@ class Samples:
         return repeated | (run.reshape(ids.shape) > self._max_run)
 
     def _randomized(self, ids: np.ndarray, chunks: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-        """Each neighbor replaced by a random chunk of the database, not from the sample's documents."""
+        """Each neighbor [L, K] replaced by a random chunk of the database, not from the sample's documents."""
         if not (ids >= 0).any():
             return ids
         chosen = self._database.chunks(draw.integers(len(self._database), size=ids.shape))

@@ -111,7 +111,7 @@ def make_blocks(
 
 
 class RowTable:
-    """Rows by chunk id over memory-mapped block files, each opened once, when first read."""
+    """Rows by chunk id over memory-mapped block files, each opened once: when first read, or all by `open_all`."""
 
     def __init__(self, work: WorkDir, stage: str, blocks: list[Block], suffix: str = ".npy"):
         self._paths = [block.path(work, stage, suffix) for block in blocks]
@@ -139,6 +139,11 @@ class RowTable:
                 number = int(of_block[here[0]])
                 rows[here] = self._block(number)[chunks[here] - self._first[number]]
         return rows
+
+    def open_all(self) -> None:
+        """Open every block now; later reads open no file."""
+        for number in range(len(self._paths)):
+            self._block(number)
 
     def _block(self, number: int) -> np.ndarray:
         if number not in self._open:

@@ -27,6 +27,10 @@ class NeighborTable:
         """[n] int64 chunk ids -> [n, K] int64 chunk ids, nearest first, -1 for none."""
         return self._ids.rows(chunks)
 
+    def open_all(self) -> None:
+        """Open the files of `ids` now, so that training opens none in a step."""
+        self._ids.open_all()
+
     def distances(self, chunks: np.ndarray) -> np.ndarray:
         """[n] int64 chunk ids -> [n, K] float32 squared L2 distances, inf for none."""
         return self._distances.rows(chunks)

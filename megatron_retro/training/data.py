@@ -46,6 +46,7 @@ class TrainingData:
             from megatron_retro.retrieval.neighbors import NeighborTable
 
             neighbors = NeighborTable(work)
+            neighbors.open_all()
         return cls(
             ChunkTable.open(work),
             neighbors,

@@ -7,7 +7,6 @@ batch is the dearest there is: as if padded and as if some chunk had no neighbor
 
 import contextlib
 import dataclasses
-import time
 import unittest.mock
 
 import numpy as np
@@ -30,6 +29,7 @@ from megatron_retro.training.data import (
 from megatron_retro.training.evaluation import boundary_length, forward_step
 from megatron_retro.training.live_bytes import LiveBytes, without_memory
 from megatron_retro.training.loop import make_model
+from megatron_retro.training.matrix_rate import matrix_rate
 
 MODES = (None, "selective", "full")  # of --recompute-granularity
 _REACHED = 0.6  # of the matrix rate, by a good run
@@ -202,22 +202,6 @@ def run_step(
             forward_only=False,
         )
     return Step(live.peak - before, live.flops / num_microbatches)
-
-
-def matrix_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product on this machine's GPU, or on its CPU where there is none."""
-    gpu = torch.cuda.is_available()
-    size, times = (8192, 10) if gpu else (2048, 1)
-    a, b = (torch.randn(size, size, device="cuda" if gpu else "cpu").to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(4):  # the first warms up
-        begin = time.perf_counter()
-        for _ in range(times):
-            torch.mm(a, b)
-        if gpu:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return 2 * times * size**3 / min(seconds[1:])
 
 
 # ------------------------------------------------------------------------------------------------------- simulation

@@ -39,7 +39,9 @@ class RunLog:
         self.say(
             f"iteration {iteration}/{self._last_iteration}  lm_loss {figures['lm_loss']:.4f}  "
             f"grad_norm {figures['grad_norm']:.3f}  lr {figures['learning_rate']:.2e}  "
-            f"{figures['tokens_per_second']:,.0f} tokens/s  {seconds_a_step:.2f} s/iteration  left {_clock(left)}"
+            f"{figures['tokens_per_second']:,.0f} tokens/s  {figures['model_tflops_per_second']:.3g} TFLOP/s a rank "
+            f"({_percent(figures['matmul_share'])} of a matrix product's)  {_shares(figures)}  "
+            f"{seconds_a_step:.2f} s/iteration  left {_clock(left)}"
         )
         self.write(iteration, figures)
 
@@ -56,6 +58,17 @@ class RunLog:
             self._file.close()
         if self._board:
             self._board.close()
+
+
+def _shares(figures: dict[str, Any]) -> str:
+    """Where the time went; phases under half a percent are left out."""
+    names = {"data": "data", "forward_backward": "fwd-bwd", "communication": "comm", "optimizer": "optimizer"}
+    shares = {short: figures[f"{phase}_share"] for phase, short in names.items()}
+    return " ".join(f"{name} {_percent(share)}" for name, share in shares.items() if share >= 0.005)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%"
 
 
 def _clock(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """The training run, from flags to last checkpoint, read from top to bottom."""
 
 import functools
+import itertools
 import pathlib
 import signal
 import time
@@ -16,11 +17,15 @@ from megatron_retro.config import flags
 from megatron_retro.config.training import PretrainConfig
 from megatron_retro.data.samples import Batch, Samples
 from megatron_retro.errors import UserError
+from megatron_retro.model.flops import multiply_adds
 from megatron_retro.model.model import RetroModel, padded_vocab_size
 from megatron_retro.training import checkpoint
 from megatron_retro.training.data import TrainingData, check_split
 from megatron_retro.training.evaluation import boundary_length, forward_step, sample_losses
 from megatron_retro.training.log import RunLog
+from megatron_retro.training.matrix_rate import matrix_rate
+from megatron_retro.training.prefetch import BatchSource, Prefetched
+from megatron_retro.training.timing import DATA, FORWARD_BACKWARD, OPTIMIZER, PHASES, StepClock
 from megatron_retro.workdir import check_writable
 
 
@@ -114,13 +119,16 @@ def train(config: PretrainConfig) -> None:
         log.say(f"nothing to do: --train-iters {optimization.train_iters} are done")
 
     # ---- the loop
-    stop = _StopSignal()
-    started, first_iteration, since_log = time.monotonic(), iteration, time.monotonic()
-    logged_iteration = iteration
+    stop, anyone, clock = _StopSignal(), distributed.AnyRank(), StepClock()
+    source = _read_ahead(config, train_samples, iteration, consumed_samples)
+    flops = multiply_adds(config.model, config.active_retro, vocab_size=vocab_size, chunk_length=chunk_length)
+    best_rate = matrix_rate(torch.bfloat16 if parallel.bf16 else torch.float32)
+    started, first_iteration, logged_iteration = time.monotonic(), iteration, iteration
+    log.say(f"a matrix product runs at {best_rate / 1e12:.4g} TFLOP/s")
     while iteration < optimization.train_iters:
         mcore.reseed(config.data.seed + iteration)  # so that a resumed run draws what this one would have drawn
         ids = consumed_samples + np.arange(optimization.global_batch_size)
-        reports, grad_norm = train_step(model, optimizer, train_samples, ids, optimization.micro_batch_size)
+        reports, grad_norm = train_step(model, optimizer, source, ids, optimization.micro_batch_size, clock)
         learning_rate = _learning_rate(optimizer)
         schedule.step(increment=optimization.global_batch_size)
         iteration += 1
@@ -128,32 +136,32 @@ def train(config: PretrainConfig) -> None:
 
         minutes = (time.monotonic() - started) / 60
         wants_exit = stop.received or (run.exit_duration_in_mins or float("inf")) <= minutes
-        loss, wants_exit = agree(reports, wants_exit)
+        wants_exit = anyone.says(wants_exit)
         wants_exit |= run.exit_interval is not None and iteration - first_iteration >= run.exit_interval
         last = iteration == optimization.train_iters
         if iteration % run.log_interval == 0 or last or wants_exit or iteration == first_iteration + 1:
-            seconds = (time.monotonic() - since_log) / (iteration - logged_iteration)
+            tokens = (iteration - logged_iteration) * optimization.global_batch_size * config.model.seq_length
+            speed = _speed(clock, tokens, flops.training_flops, best_rate)
             log.step(
                 iteration,
-                seconds,
+                tokens / speed["tokens_per_second"] / (iteration - logged_iteration),
                 {
-                    "lm_loss": loss,
+                    "lm_loss": mean_loss(reports),
                     "grad_norm": grad_norm,
                     "learning_rate": learning_rate,
-                    "tokens_per_second": optimization.global_batch_size * config.model.seq_length / seconds,
+                    **speed,
                     "consumed_samples": consumed_samples,
                 },
             )
-            since_log, logged_iteration = time.monotonic(), iteration
+            logged_iteration = iteration
         if (run.eval_interval and iteration % run.eval_interval == 0) or last:
             evaluate()
-            since_log = time.monotonic()
         if run.save and ((run.save_interval and iteration % run.save_interval == 0) or last or wants_exit):
             save()
-            since_log = time.monotonic()
         if wants_exit:
             log.say(f"exiting after iteration {iteration} as asked")
             break
+    anyone.close()
     log.close()
     mcore.shut_down()
 
@@ -191,46 +199,96 @@ def make_model(config: PretrainConfig, vocab_size: int, chunk_length: int) -> mc
 
 
 def train_step(
-    model: mcore.DistributedDataParallel, optimizer: Any, samples: Samples, ids: np.ndarray, micro_batch_size: int
+    model: mcore.DistributedDataParallel,
+    optimizer: Any,
+    samples: BatchSource,
+    ids: np.ndarray,
+    micro_batch_size: int,
+    clock: StepClock | None = None,
 ) -> tuple[list[dict[str, Any]], float]:
     """One update on the samples `ids` of the global batch; returns (reports on the last stage, gradient norm)."""
-    ranks = mcore.parallel_state.get_data_parallel_world_size()
-    rank = mcore.parallel_state.get_data_parallel_rank()
-    mine = ids.reshape(-1, ranks, micro_batch_size)[:, rank]
-    first = samples.batch(mine[0])
-    model.train()
-    model.zero_grad_buffer()
-    optimizer.zero_grad()
-    reports = mcore.run_pipeline(
-        forward_step,
-        _batches(first, samples, mine[1:]),
-        model,
-        num_microbatches=len(mine),
-        seq_length=boundary_length(model, first),
-        micro_batch_size=micro_batch_size,
-        forward_only=False,
-    )
-    _, grad_norm = mcore.optimizer_step(optimizer)
+    mine, clock = _microbatches(ids, micro_batch_size), clock or StepClock()
+    with clock.step():
+        batches = _batches(samples, mine, clock)
+        first = next(batches)
+        with clock.phase(FORWARD_BACKWARD):
+            model.train()
+            model.zero_grad_buffer()
+            optimizer.zero_grad()
+            reports = mcore.run_pipeline(
+                forward_step,
+                itertools.chain([first], batches),
+                model,
+                num_microbatches=len(mine),
+                seq_length=boundary_length(model, first),
+                micro_batch_size=micro_batch_size,
+                forward_only=False,
+            )
+        with clock.phase(OPTIMIZER):
+            _, grad_norm = mcore.optimizer_step(optimizer)
     return reports, grad_norm
 
 
-def _batches(first: Batch, samples: Samples, rest: np.ndarray) -> Iterator[Batch]:
-    yield first
-    for ids in rest:
-        yield samples.batch(ids)
+def _microbatches(ids: np.ndarray, micro_batch_size: int) -> np.ndarray:
+    """This rank's share [microbatches, B] of the samples of a global batch."""
+    ranks = mcore.parallel_state.get_data_parallel_world_size()
+    return ids.reshape(-1, ranks, micro_batch_size)[:, mcore.parallel_state.get_data_parallel_rank()]
 
 
-def agree(reports: list[dict[str, Any]], wants_exit: bool) -> tuple[float, bool]:
-    """The loss of the global batch in nats a predicted token, and whether any rank wants to exit; on every rank."""
-    sums = torch.zeros(3, dtype=torch.float64)
+def _batches(samples: BatchSource, ids_of_each: np.ndarray, clock: StepClock) -> Iterator[Batch]:
+    for ids in ids_of_each:
+        with clock.phase(DATA):
+            batch = samples.batch(ids)
+        yield batch
+
+
+def _read_ahead(config: PretrainConfig, samples: Samples, iteration: int, consumed_samples: int) -> BatchSource:
+    """`samples`, or where --num-workers asks for it, by default on a GPU, what is left of them read ahead."""
+    optimization, num_workers = config.optimization, config.data.num_workers
+    assert optimization.train_iters and optimization.global_batch_size
+    if num_workers is None:
+        num_workers = 2 if mcore.has_gpu() else 0
+    if not num_workers:
+        return samples
+    size, left = optimization.global_batch_size, optimization.train_iters - iteration
+    order = (
+        ids
+        for step in range(left)
+        for ids in _microbatches(consumed_samples + step * size + np.arange(size), optimization.micro_batch_size)
+    )
+    return Prefetched(samples, order, num_workers)
+
+
+def mean_loss(reports: list[dict[str, Any]]) -> float:
+    """The loss of the global batch in nats a predicted token, on every rank; it waits for the device."""
+    sums = torch.zeros(2, dtype=torch.float64, device=mcore.device())
     if mcore.parallel_state.get_tensor_model_parallel_rank() == 0:
         for report in reports:
-            sums += torch.stack([report["loss"].double().sum(), report["tokens"].double().sum(), torch.zeros(())]).cpu()
-    sums[2] = float(wants_exit)
-    sums = sums.to(mcore.device())
+            sums += torch.stack([report["loss"].double().sum(), report["tokens"].double().sum()])
     dist.all_reduce(sums)
-    loss, tokens, exits = sums.tolist()
-    return loss / max(1.0, tokens), exits > 0
+    loss, tokens = sums.tolist()
+    return loss / max(1.0, tokens)
+
+
+def _speed(clock: StepClock, tokens: int, flops_a_token: float, best_rate: float) -> dict[str, float]:
+    """Figures of the run's speed since this was called before, means over its ranks.
+
+    Args:
+        tokens: that all ranks together trained on since then.
+        best_rate: FLOP/s of a matrix product on this rank.
+    """
+    seconds = clock.take()
+    mean = torch.tensor([*(seconds[phase] for phase in PHASES), sum(seconds.values()), best_rate], dtype=torch.float64)
+    mean = mean.to(mcore.device())
+    dist.all_reduce(mean)
+    *of_phases, total, rate = (mean / dist.get_world_size()).tolist()
+    reached = tokens * flops_a_token / dist.get_world_size() / total
+    return {
+        "tokens_per_second": tokens / total,
+        "model_tflops_per_second": reached / 1e12,
+        "matmul_share": reached / rate,
+        **{f"{phase}_share": of_phase / total for phase, of_phase in zip(PHASES, of_phases, strict=True)},
+    }
 
 
 def _samples(config: PretrainConfig, data: TrainingData, split: str, num_samples: int | None) -> Samples:

@@ -1,0 +1,101 @@
+"""What the time of steps goes into, without holding a step up.
+
+On a CPU the host's time. On a GPU that of the current stream between CUDA events, which are looked at when they have
+passed: what overlaps with computation counts nothing, nor does reading that ends before the GPU needs it.
+"""
+
+import collections
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_retro import mcore
+
+DATA, FORWARD_BACKWARD, COMMUNICATION, OPTIMIZER = PHASES = ("data", "forward_backward", "communication", "optimizer")
+_OTHER = "other"
+
+# Through these methods goes all communication, whichever function of torch.distributed was called and under which name.
+_COLLECTIVES = ("all", "_all", "broadcast", "gather", "reduce", "_reduce", "scatter", "send", "recv", "_end_coalescing")
+
+
+class StepClock:
+    """Seconds by phase, summed over steps. A phase inside another is taken out of that one."""
+
+    def __init__(self) -> None:
+        self._gpu = mcore.has_gpu()
+        self._seconds = dict.fromkeys((*PHASES, _OTHER), 0.0)
+        self._phases: list[str] = []
+        self._marks: collections.deque[tuple[Any, str | None]] = collections.deque()  # when; the phase from then on
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a step: only in there is anything counted, communication where it happens."""
+        self._sum_up(wait=False)
+        with self.phase(_OTHER), _observed_collectives(functools.partial(self.phase, COMMUNICATION)):
+            yield
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._phases.append(name)
+        self._mark()
+        try:
+            yield
+        finally:
+            self._phases.pop()
+            self._mark()
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call, those of none as "other"; on a GPU it waits for the steps to end."""
+        self._sum_up(wait=True)
+        taken, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
+        return taken
+
+    def _mark(self) -> None:
+        phase = self._phases[-1] if self._phases else None
+        if not self._gpu:
+            self._marks.append((time.perf_counter(), phase))
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append((event, phase))
+
+    def _sum_up(self, *, wait: bool) -> None:
+        """Count what lies between marks, on a GPU up to the last that has passed."""
+        if wait and self._gpu and self._marks:
+            self._marks[-1][0].synchronize()
+        while len(self._marks) > 1 and (not self._gpu or self._marks[1][0].query()):
+            begin, phase = self._marks.popleft()
+            end = self._marks[0][0]
+            if phase is not None:
+                self._seconds[phase] += begin.elapsed_time(end) / 1e3 if self._gpu else end - begin
+
+
+@contextlib.contextmanager
+def _observed_collectives(around: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
+    """Run a block in which each collective, send and receive, and each wait for one, runs inside `around()`."""
+    methods: list[tuple[type, str]] = [
+        (dist.ProcessGroup, name) for name in vars(dist.ProcessGroup) if name.startswith(_COLLECTIVES)
+    ]
+    methods.append((dist.Work, "wait"))
+    originals = [(owner, name, vars(owner)[name]) for owner, name in methods]  # getattr's would lose their `self`
+    for owner, name, original in originals:
+        setattr(owner, name, _inside(around, original))
+    try:
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+def _inside(around: Callable[[], contextlib.AbstractContextManager], function: Callable) -> Callable:
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with around():
+            return function(*args, **kwargs)
+
+    return called
