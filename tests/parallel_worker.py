@@ -20,7 +20,7 @@ from megatron_retro.data.chunks import ChunkTable, Corpus
 from megatron_retro.data.samples import Samples
 from megatron_retro.model.attention import CrossAttention
 from megatron_retro.model.model import RetroModel
-from megatron_retro.training.loop import mean_loss, train_step
+from megatron_retro.training.loop import means, train_step
 
 CHUNK, CHUNKS_A_SAMPLE, VOCAB, STEPS, GLOBAL_BATCH = 8, 4, 128, 5, 8
 SPLIT = (1.0, 0.0, 0.0)
@@ -101,7 +101,7 @@ def run(layout: str) -> dict:
     for step in range(STEPS):
         ids = step * GLOBAL_BATCH + np.arange(GLOBAL_BATCH)
         reports, norm = train_step(model, optimizer, samples, ids, micro_batch_size=2)
-        result["loss"].append(mean_loss(reports))
+        result["loss"].append(means(reports)[0])
         result["norm"].append(norm)
         result["gradients"].append(whole_gradients(mcore.unwrap(model)))
     mcore.parallel_state.destroy_model_parallel()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_helpers import SHAPE, C, S, V, make_configs, make_model, make_neighbors, make_tokens
+from model_helpers import SHAPE, B, C, L, S, V, make_configs, make_model, make_neighbors, make_tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,15 +12,20 @@ GROUPED = {"group_query_attention": True, "num_query_groups": 2}
 
 
 @pytest.mark.parametrize("flags", [{}, {"swiglu": True}, GROUPED], ids=["gelu", "swiglu", "grouped"])
-@pytest.mark.parametrize("reads", [False, True], ids=["gpt", "retro"])
-def test_formula_counts_what_a_forward_pass_does(reads: bool, flags: dict) -> None:
+@pytest.mark.parametrize("reading", [None, 1.0, 0.5], ids=["gpt", "retro", "half of the chunks read"])
+def test_formula_counts_what_a_forward_pass_does(reading: float | None, flags: dict) -> None:
+    reads = reading is not None
     model = make_model(retro=reads, **flags)
     tokens, (neighbors, lengths) = make_tokens(), make_neighbors()
     read = {"neighbor_tokens_BxLxKxR": neighbors, "neighbor_lengths_BxLxK": lengths} if reads else {}
+    if reading == 0.5:
+        read["neighbor_chunks_M"] = torch.arange(B * L)[::2]
     # The plain kernel is made of matrix products that torch counts; it computes what the causal mask hides too.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(tokens, **read)
-    formula = multiply_adds(*make_configs(retro=reads, **flags), vocab_size=V, chunk_length=C, context=S)
+    formula = multiply_adds(
+        *make_configs(retro=reads, **flags), vocab_size=V, chunk_length=C, reading=reading or 0.0, context=S
+    )
     assert counter.get_total_flops() == pytest.approx(2 * formula.total * tokens.numel(), rel=0.02)
 
 

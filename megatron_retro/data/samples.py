@@ -62,6 +62,15 @@ class Batch:
     neighbor_chunks_M: Tensor | None
     sample_ids: np.ndarray
 
+    @property
+    def reading(self) -> float:
+        """Share of the chunks that have neighbors."""
+        if self.neighbor_lengths_BxLxK is None:
+            return 0.0
+        if self.neighbor_chunks_M is None:
+            return 1.0
+        return len(self.neighbor_chunks_M) / self.neighbor_lengths_BxLxK[..., 0].numel()
+
     def to(self, device: torch.device) -> "Batch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 

@@ -42,6 +42,7 @@ def multiply_adds(
     vocab_size: int,
     chunk_length: int,
     context: float | None = None,
+    reading: float = 1.0,
 ) -> MultiplyAdds:
     """Of a model whose configs are finished.
 
@@ -49,6 +50,7 @@ def multiply_adds(
         retro: None for a GPT, or with retrieval off.
         vocab_size: the output layer's rows, padding included.
         chunk_length: C; a neighbor has R = 2C tokens.
+        reading: share of the chunks that have neighbors.
         context: keys that self-attention sees on average; None means half of S, which is what causal training needs.
     """
     assert model.ffn_hidden_size and model.num_attention_heads and model.kv_channels and model.num_query_groups
@@ -61,11 +63,11 @@ def multiply_adds(
         return gpt
 
     retrieved, neighbors = 2 * chunk_length, retro.retro_num_neighbors
-    tokens = neighbors * retrieved / chunk_length  # of the encoder, for each of the decoder's
+    tokens = reading * neighbors * retrieved / chunk_length  # of the encoder, for each of the decoder's
     narrow, heads = retro.retro_encoder_hidden_size, retro.retro_encoder_num_attention_heads
     assert narrow and heads and retro.retro_encoder_ffn_hidden_size
     inner = heads * model.kv_channels
-    cross = 2 * width * queries + tokens * narrow * keys_values + 2 * queries * neighbors * retrieved
+    cross = 2 * width * queries + tokens * narrow * keys_values + 2 * queries * tokens * chunk_length
     own_layer = 4 * narrow * inner + 2 * inner * retrieved + matrices * narrow * retro.retro_encoder_ffn_hidden_size
     reads_decoder = 2 * narrow * inner + 2 * inner * chunk_length  # a token of a neighbor
     return dataclasses.replace(

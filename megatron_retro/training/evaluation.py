@@ -126,6 +126,7 @@ def _loss_of(losses: tuple[Tensor, Tensor], batch: Batch) -> tuple[Tensor, Tenso
         "tokens": tokens,
         "losses_BxS": by_position,
         "mask_BxS": batch.loss_mask_BxS,
+        "reading": batch.reading,
     }
     return loss, tokens.sum().int(), report
 

@@ -121,7 +121,7 @@ def train(config: PretrainConfig) -> None:
     # ---- the loop
     stop, anyone, clock = _StopSignal(), distributed.AnyRank(), StepClock()
     source = _read_ahead(config, train_samples, iteration, consumed_samples)
-    flops = multiply_adds(config.model, config.active_retro, vocab_size=vocab_size, chunk_length=chunk_length)
+    shape = dict(vocab_size=vocab_size, chunk_length=chunk_length)
     best_rate = matrix_rate(torch.bfloat16 if parallel.bf16 else torch.float32)
     started, first_iteration, logged_iteration = time.monotonic(), iteration, iteration
     log.say(f"a matrix product runs at {best_rate / 1e12:.4g} TFLOP/s")
@@ -141,12 +141,14 @@ def train(config: PretrainConfig) -> None:
         last = iteration == optimization.train_iters
         if iteration % run.log_interval == 0 or last or wants_exit or iteration == first_iteration + 1:
             tokens = (iteration - logged_iteration) * optimization.global_batch_size * config.model.seq_length
-            speed = _speed(clock, tokens, flops.training_flops, best_rate)
+            loss, reading = means(reports)
+            flops = multiply_adds(config.model, config.active_retro, **shape, reading=reading).training_flops
+            speed = _speed(clock, tokens, flops, best_rate)
             log.step(
                 iteration,
                 tokens / speed["tokens_per_second"] / (iteration - logged_iteration),
                 {
-                    "lm_loss": mean_loss(reports),
+                    "lm_loss": loss,
                     "grad_norm": grad_norm,
                     "learning_rate": learning_rate,
                     **speed,
@@ -259,15 +261,20 @@ def _read_ahead(config: PretrainConfig, samples: Samples, iteration: int, consum
     return Prefetched(samples, order, num_workers)
 
 
-def mean_loss(reports: list[dict[str, Any]]) -> float:
-    """The loss of the global batch in nats a predicted token, on every rank; it waits for the device."""
-    sums = torch.zeros(2, dtype=torch.float64, device=mcore.device())
+def means(reports: list[dict[str, Any]]) -> tuple[float, float]:
+    """(loss in nats a predicted token, share of chunks that read neighbors) of the global batch, on every rank.
+
+    It waits for the device.
+    """
+    sums = torch.zeros(4, dtype=torch.float64, device=mcore.device())
     if mcore.parallel_state.get_tensor_model_parallel_rank() == 0:
         for report in reports:
-            sums += torch.stack([report["loss"].double().sum(), report["tokens"].double().sum()])
+            sums[:2] += torch.stack([report["loss"].double().sum(), report["tokens"].double().sum()])
+            sums[2] += report["reading"]
+            sums[3] += 1
     dist.all_reduce(sums)
-    loss, tokens = sums.tolist()
-    return loss / max(1.0, tokens)
+    loss, tokens, reading, number = sums.tolist()
+    return loss / max(1.0, tokens), reading / number
 
 
 def _speed(clock: StepClock, tokens: int, flops_a_token: float, best_rate: float) -> dict[str, float]:
