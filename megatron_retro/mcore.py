@@ -7,6 +7,7 @@ optimizer, distributed checkpoints. Tested with 0.16.1.
 import contextlib
 import datetime
 import functools
+import itertools
 import os
 import warnings
 import zlib
@@ -54,19 +55,20 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_retro import mcore_optimizer
 from megatron_retro.mcore_cpu import TypeNamesMode, redirect_to_cpu
 
 __all__ = [
     "MLP",
     "AttnMaskType",
     "ColumnParallelLinear",
-    "DistributedDataParallel",
     "IndexedDataset",
     "IndexedDatasetBuilder",
     "LanguageModelEmbedding",
     "LanguageModule",
     "MLPSubmodules",
     "MegatronModule",
+    "ModelChunks",
     "ModelType",
     "OptimizerParamScheduler",
     "RotaryEmbedding",
@@ -81,8 +83,13 @@ __all__ = [
     "parallel_state",
 ]
 
-# How dist_checkpointing names things: every layer has parameters of its own kind, so none is stacked over layers.
-_CHECKPOINT_FORMAT = {"non_homogeneous_layers": True, "chained_optim_avoid_prefix": True}
+# How dist_checkpointing names things: every layer has parameters of its own kind, so none is stacked over layers; and a
+# distributed optimizer's shards are stored as the parameters they belong to, so that any layout loads them.
+_CHECKPOINT_FORMAT = {
+    "non_homogeneous_layers": True,
+    "chained_optim_avoid_prefix": True,
+    "distrib_optim_sharding_type": "fully_reshardable",
+}
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -98,10 +105,19 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
-def initialize(tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1, *, timeout_minutes: float = 10) -> None:
+def initialize(
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    *,
+    virtual_stages: int = 1,
+    timeout_minutes: float = 10,
+) -> None:
     """Join the ranks (nccl with CUDA, gloo without; one plain process is a world of one) and form the groups.
 
     Each rank has chosen its GPU before (`distributed.use_this_ranks_share`).
+
+    Args:
+        virtual_stages: stages that each pipeline rank holds.
     """
     _set_environment()
     if not has_gpu():
@@ -112,7 +128,9 @@ def initialize(tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1, *
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel(tensor_parallel_size, pipeline_parallel_size)
+    parallel_state.initialize_model_parallel(
+        tensor_parallel_size, pipeline_parallel_size, virtual_stages if virtual_stages > 1 else None
+    )
     reseed(0)
 
 
@@ -180,11 +198,11 @@ def sharded_dropout(config: TransformerConfig) -> contextlib.AbstractContextMana
     return get_cuda_rng_tracker().fork() if config.sequence_parallel else contextlib.nullcontext()
 
 
-def layers_of_this_stage(config: TransformerConfig) -> range:
+def layers_of_this_stage(config: TransformerConfig, vp_stage: int | None = None) -> range:
     """Numbers (from 1) of the decoder layers that this pipeline stage holds."""
     rank = parallel_state.get_pipeline_model_parallel_rank()
-    offset = get_transformer_layer_offset(config, None, rank)
-    return range(offset + 1, offset + get_num_layers_to_build(config, None, rank) + 1)
+    offset = get_transformer_layer_offset(config, vp_stage, rank)
+    return range(offset + 1, offset + get_num_layers_to_build(config, vp_stage, rank) + 1)
 
 
 # -------------------------------------------------------------------------------------------------- kernels
@@ -218,16 +236,54 @@ def add_residual(
 # ------------------------------------------------------------------------------------------------- training
 
 
-def wrap_for_training(model: LanguageModule) -> DistributedDataParallel:
-    """Move a model to this rank's device, in its precision, under megatron-core's data parallelism."""
-    config = model.config
-    model = model.to(device())
-    module = Float16Module(config, model) if config.bf16 else model
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+class ModelChunks(torch.nn.ModuleList):
+    """This rank's part of a model in training: a `DistributedDataParallel` for each of its virtual stages."""
+
+    def zero_grad_buffer(self) -> None:
+        for chunk in self:
+            chunk.zero_grad_buffer()
+
+    def gather_weights(self) -> None:
+        """Wait for updated weights that are gathered only when forward asks for them."""
+        for chunk in self:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+
+def wrap_for_training(
+    *stages: LanguageModule,
+    use_distributed_optimizer: bool = False,
+    overlap_grad_reduce: bool = False,
+    overlap_param_gather: bool = False,
+    grad_reduce_in_bf16: bool = False,
+) -> ModelChunks:
+    """Move a model to this rank's device, in its precision, under megatron-core's data parallelism.
+
+    Args:
+        stages: this rank's, in the model's order.
+        use_distributed_optimizer: shard what `build_optimizer` makes over the data-parallel ranks.
+        overlap_grad_reduce: sum gradients during backward. Every parameter then needs one in each last micro-batch.
+        overlap_param_gather: gather the weights that a distributed optimizer updated during forward.
+        grad_reduce_in_bf16: for bf16 models; gradients are else accumulated and summed in fp32.
+    """
+    chunks = ModelChunks()
+    for stage in stages:
+        config, model = stage.config, stage.to(device())
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=not grad_reduce_in_bf16,
+            use_distributed_optimizer=use_distributed_optimizer,
+            overlap_grad_reduce=overlap_grad_reduce,
+            overlap_param_gather=overlap_param_gather,
+        )
+        module = Float16Module(config, model) if config.bf16 else model
+        chunks.append(DistributedDataParallel(config, ddp_config, module, disable_bucketing=len(chunks) > 0))
+        chunks[-1].broadcast_params()
+    config = stages[0].config  # the one that schedules read
     config.finalize_model_grads_func = finalize_model_grads
-    wrapped = DistributedDataParallel(config, ddp_config, module)
-    wrapped.broadcast_params()
-    return wrapped
+    if overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return chunks
 
 
 def wrap_for_inference(model: LanguageModule) -> torch.nn.Module:
@@ -237,27 +293,43 @@ def wrap_for_inference(model: LanguageModule) -> torch.nn.Module:
 
 
 def unwrap(model: torch.nn.Module) -> Any:
-    """The model under its Float16Module and DistributedDataParallel."""
-    inner: Any = model
-    while hasattr(inner, "module"):
-        inner = inner.module
-    return inner
+    """The model under its Float16Module and DistributedDataParallel; the first of `ModelChunks`."""
+    return unwrap_all(model)[0]
 
 
-def build_optimizer(model: DistributedDataParallel, **settings: Any) -> Any:
+def unwrap_all(model: torch.nn.Module) -> list[Any]:
+    """This rank's stages, each under its Float16Module and DistributedDataParallel."""
+    stages: list[Any] = _chunks(model)
+    while any(hasattr(stage, "module") for stage in stages):
+        stages = [stage.module for stage in stages]
+    return stages
+
+
+def _chunks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return list(model) if isinstance(model, ModelChunks) else [model]
+
+
+def build_optimizer(model: ModelChunks, **settings: Any) -> Any:
     """Adam with fp32 main weights: Transformer Engine's, apex's or torch's, whichever is installed (in that order).
 
     Args:
         settings: `OptimizerConfig` fields (lr, weight_decay, adam_beta1, clip_grad, …).
     """
-    config = model.config
+    config, ddp_config = model[0].config, model[0].ddp_config
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=ddp_config.use_distributed_optimizer,
+        overlap_param_gather=ddp_config.overlap_param_gather,
+        **settings,
+    )
     with _cuda_type_names():
-        optimizer = get_megatron_optimizer(
-            OptimizerConfig(optimizer="adam", bf16=config.bf16, params_dtype=config.params_dtype, **settings), [model]
-        )
+        optimizer = get_megatron_optimizer(optimizer_config, list(model))
     config.grad_scale_func = optimizer.scale_loss
     _update_at_once(optimizer)
     _clip_at_once()
+    mcore_optimizer.mend(optimizer)
     return optimizer
 
 
@@ -308,16 +380,20 @@ def run_pipeline(
     """Forward (and backward) of all microbatches through the pipeline's stages.
 
     Args:
+        model: with virtual stages `ModelChunks`; the microbatches are then a multiple of the pipeline's ranks.
         forward_step: (batches, model) -> (output, loss function), megatron-core's contract.
         seq_length: rows of the tensor that one stage hands to the next.
 
     Returns:
         The reports of the loss function, one a microbatch; empty before the last stage.
     """
+    chunks = _chunks(model)
+    if len(chunks) > 1:
+        _check_interleaved(chunks[0].config)
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=batches,
-        model=model,
+        data_iterator=list(itertools.tee(batches, len(chunks))) if len(chunks) > 1 else batches,
+        model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=num_microbatches,
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
@@ -337,6 +413,12 @@ def to_every_tensor_parallel_rank(x: torch.Tensor, config: TransformerConfig) ->
     return copy_to_tensor_model_parallel_region(x)
 
 
+def _check_interleaved(config: Any) -> None:
+    """Over gloo two settings give wrong gradients without a word in the interleaved schedule."""
+    assert not config.batch_p2p_comm, "batched sends mix up what two ranks with two stages each exchange"
+    assert not config.overlap_p2p_comm, "an output may be freed (deallocate_pipeline_outputs) before it is sent"
+
+
 def gather_vocabulary(logits: torch.Tensor) -> torch.Tensor:
     """Logits [..., V / TP] of each tensor-parallel rank -> [..., V] on all of them."""
     return gather_from_tensor_model_parallel_region(logits)
@@ -347,6 +429,8 @@ def gather_vocabulary(logits: torch.Tensor) -> torch.Tensor:
 
 def save_state(model: torch.nn.Module, optimizer: Any, directory: str) -> None:
     """Write weights and optimizer state, sharded, into an empty directory; every rank calls it."""
+    if isinstance(model, ModelChunks):
+        model.gather_weights()
     state = _sharded_state(model, optimizer, is_loading=False)
     with _cuda_type_names():
         dist_checkpointing.save(state, directory, content_metadata=_CHECKPOINT_FORMAT)
@@ -354,18 +438,23 @@ def save_state(model: torch.nn.Module, optimizer: Any, directory: str) -> None:
 
 def load_state(model: torch.nn.Module, optimizer: Any | None, directory: str) -> None:
     """Read what `save_state` wrote, at this run's layout; `optimizer` None loads weights only."""
+    if optimizer is not None:
+        mcore_optimizer.begin(optimizer)
     state = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), directory)
-    unwrap(model).load_state_dict(state["model"])
+    for number, stage in enumerate(unwrap_all(model)):
+        stage.load_state_dict(state[f"model{number}"])
     if optimizer is not None:
         with _cuda_type_names():
             optimizer.load_state_dict(state["optimizer"])
+        mcore_optimizer.separate_steps(optimizer)
         _update_at_once(optimizer)  # whatever the run that saved did
 
 
 def _sharded_state(model: torch.nn.Module, optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     metadata = {**_CHECKPOINT_FORMAT, "dp_cp_group": group}
-    state = {"model": unwrap(model).sharded_state_dict(metadata=metadata)}
+    stages = enumerate(unwrap_all(model))
+    state = {f"model{number}": stage.sharded_state_dict(metadata=metadata) for number, stage in stages}
     if optimizer is not None:
         with _cuda_type_names():
             state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)

@@ -1,12 +1,13 @@
 """Trains a tiny model a few steps at several layouts in one launch and stores losses and gradients of each.
 
-    torchrun --nproc-per-node N tests/parallel_worker.py OUT.pt LAYOUT…
+    torchrun --nproc-per-node N tests/parallel_worker.py OUT.pt LAYOUT…     LAYOUT = TPxPP[xOPTION…]:RETRO_LAYERS
 
-LAYOUT = TPxPP[xSP][xbf16][xselective|xfull]:RETRO_LAYERS.
-
-Gradients are stored whole (gathered over tensor-parallel ranks), under names that are the same at every layout.
+An option is a name of OPTIONS, VP2 (virtual stages) or a --pipeline-model-parallel-layout. Gradients are stored whole
+(gathered over tensor-parallel ranks and the shards of the distributed optimizer), under names that are the same at every
+layout.
 """
 
+import functools
 import sys
 from typing import Any
 
@@ -15,15 +16,26 @@ import torch
 import torch.distributed as dist
 
 from megatron_retro import distributed, mcore
-from megatron_retro.config.model import ModelConfig, ParallelConfig, RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.parallel import TrainingParallelConfig
 from megatron_retro.data.chunks import ChunkTable, Corpus
 from megatron_retro.data.samples import Samples
 from megatron_retro.model.attention import CrossAttention
-from megatron_retro.model.model import RetroModel
+from megatron_retro.model.model import make_stages
+from megatron_retro.training.evaluation import sample_losses
 from megatron_retro.training.loop import means, train_step
 
 CHUNK, CHUNKS_A_SAMPLE, VOCAB, STEPS, GLOBAL_BATCH = 8, 4, 128, 5, 8
 SPLIT = (1.0, 0.0, 0.0)
+CLIP = 1.0
+OPTIONS = {
+    "SP": "sequence_parallel",
+    "bf16": "bf16",
+    "sharded": "use_distributed_optimizer",
+    "reduce": "overlap_grad_reduce",
+    "gather": "overlap_param_gather",
+    "reduce16": "grad_reduce_in_bf16",
+}
 
 
 class EveryOther:
@@ -70,10 +82,29 @@ def hear_from_the_start() -> None:
     CrossAttention.__init__ = make_loud  # type: ignore[method-assign]
 
 
+def parallel_of(sizes: str) -> TrainingParallelConfig:
+    tensor, stages, *options = sizes.split("x")
+    parallel = TrainingParallelConfig(int(tensor), int(stages))
+    for option in options:
+        if option.startswith("VP"):
+            parallel.num_virtual_stages_per_pipeline_rank = int(option[2:])
+        elif option.startswith("E"):
+            parallel.pipeline_model_parallel_layout = option
+        elif option in ("selective", "full"):
+            parallel.recompute_granularity = option
+        else:
+            setattr(parallel, OPTIONS[option], True)
+    return parallel
+
+
+def small_buckets() -> None:
+    """Have gradients and weights travel in several parts, as those of a large model do."""
+    mcore.DistributedDataParallelConfig = functools.partial(mcore.DistributedDataParallelConfig, bucket_size=20000)
+
+
 def run(layout: str) -> dict:
     sizes, retro_layers = layout.split(":")
-    tensor, stages, *options = sizes.split("x")
-    mcore.initialize(int(tensor), int(stages))
+    parallel = parallel_of(sizes)
     model_config = ModelConfig(
         num_layers=4,
         hidden_size=48,
@@ -86,16 +117,20 @@ def run(layout: str) -> dict:
     model_config.finish()
     retro = RetroConfig(retro_layers=retro_layers, retro_encoder_hidden_size=24, retro_encoder_num_attention_heads=2)
     retro.finish(model_config)
-    parallel = ParallelConfig(
-        int(tensor),
-        int(stages),
-        sequence_parallel="SP" in options,
-        bf16="bf16" in options,
-        recompute_granularity=next((option for option in options if option in ("selective", "full")), None),
+    parallel.finish(distributed.world_size(), model_config, retro)
+    mcore.initialize(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        virtual_stages=parallel.virtual_stages,
     )
-    parallel.finish(dist.get_world_size(), model_config, retro)
-    model = mcore.wrap_for_training(RetroModel(model_config, retro, parallel, VOCAB, CHUNK, seed=1))
-    optimizer = mcore.build_optimizer(model, lr=1e-3, weight_decay=0.1, clip_grad=1.0, adam_eps=1e-5)
+    model = mcore.wrap_for_training(
+        *make_stages(model_config, retro, parallel, VOCAB, CHUNK, seed=1),
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        grad_reduce_in_bf16=parallel.grad_reduce_in_bf16,
+    )
+    optimizer = mcore.build_optimizer(model, lr=1e-3, weight_decay=0.1, clip_grad=CLIP, adam_eps=1e-5)
     samples = make_samples()
     result: dict = {"loss": [], "norm": [], "gradients": []}
     for step in range(STEPS):
@@ -103,16 +138,22 @@ def run(layout: str) -> dict:
         reports, norm = train_step(model, optimizer, samples, ids, micro_batch_size=2)
         result["loss"].append(means(reports)[0])
         result["norm"].append(norm)
-        result["gradients"].append(whole_gradients(mcore.unwrap(model)))
+        result["gradients"].append(whole_gradients(model, norm))
+    evaluated = sample_losses(model, samples, num_samples=7, micro_batch_size=2, retrieval="on")
+    result["evaluated"] = evaluated.loss.sum(1).tolist()
     mcore.parallel_state.destroy_model_parallel()
     return result
 
 
-def whole_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> gradient of every parameter of all stages, on every rank; copies of one parameter must agree."""
+def whole_gradients(model: mcore.ModelChunks, norm: float) -> dict[str, torch.Tensor]:
+    """Name -> gradient of every parameter of all stages, on every rank, clipped; copies of one parameter must agree."""
+    gather_shards(model)
     mine = {}
-    for name, parameter in model.named_parameters():
+    parameters = [pair for stage in mcore.unwrap_all(model) for pair in stage.named_parameters()]
+    for name, parameter in parameters:
         gradient = parameter.main_grad.clone()
+        if gradient.dtype == torch.bfloat16:  # what was clipped is a copy
+            gradient = gradient.float() * min(1.0, CLIP / norm)
         if getattr(parameter, "tensor_model_parallel", False):
             group = mcore.parallel_state.get_tensor_model_parallel_group()
             parts = [torch.empty_like(gradient) for _ in range(dist.get_world_size(group))]
@@ -126,10 +167,21 @@ def whole_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return whole
 
 
+def gather_shards(model: mcore.ModelChunks) -> None:
+    """A distributed optimizer's gradients are summed on the rank that updates with them; put all on every rank."""
+    for chunk in model:
+        group = chunk.dp_group
+        for bucket in [bucket for buffer in chunk.buffers for bucket in buffer.buckets]:
+            if chunk.ddp_config.use_distributed_optimizer:
+                shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+
+
 if __name__ == "__main__":
     out, *layouts = sys.argv[1:]
     torch.set_num_threads(1)
     hear_from_the_start()
+    small_buckets()
     results = {layout: run(layout) for layout in layouts}
     if dist.get_rank() == 0:
         torch.save(results, out)

@@ -144,7 +144,7 @@ class ParallelConfig:
     """Parallelism and precision"""
 
     tensor_model_parallel_size: int = flag(1, "ranks that share every layer (TP)")
-    pipeline_model_parallel_size: int = flag(1, "stages of layers (PP)")
+    pipeline_model_parallel_size: int = flag(1, "ranks that share out the layers (PP)")
     sequence_parallel: bool = flag(False, "shard activations between the tensor-parallel parts along the sequence")
     bf16: bool = flag(False, "train in bfloat16 with fp32 main weights; without it fp32")
     recompute_granularity: str | None = flag(
@@ -169,7 +169,12 @@ class ParallelConfig:
             )
         if self.sequence_parallel and tensor == 1:
             raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1")
-        _divides("pipeline_model_parallel_size", stages, "num_layers", model.num_layers)
+        if self.given_stage_layers is None and stages * self.virtual_stages > model.num_layers:
+            virtual = f" × --num-virtual-stages-per-pipeline-rank {self.virtual_stages}" * (self.virtual_stages > 1)
+            raise UserError(
+                f"--pipeline-model-parallel-size {stages}{virtual} makes more stages than --num-layers "
+                f"{model.num_layers} has layers; take fewer"
+            )
         _divides("tensor_model_parallel_size", tensor, "num_attention_heads", model.num_attention_heads or 0)
         _divides("tensor_model_parallel_size", tensor, "num_query_groups", model.num_query_groups or 0)
         _divides("tensor_model_parallel_size", tensor, "ffn_hidden_size", model.ffn_hidden_size or 0)
@@ -183,6 +188,16 @@ class ParallelConfig:
     def ranks_of_a_model(self) -> int:
         """Ranks that hold the weights once (TP × PP)."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def virtual_stages(self) -> int:
+        """Stages that each pipeline rank holds (VPP)."""
+        return 1
+
+    @property
+    def given_stage_layers(self) -> tuple[int, ...] | None:
+        """Layers of each stage, where they were asked for."""
+        return None
 
     def check_retrieved_length(self, retrieved_length: int) -> None:
         """Check that sequence parallelism can shard the encoder's `retrieved_length` tokens (2C, from the work dir)."""

@@ -3,7 +3,8 @@
 import dataclasses
 
 from megatron_retro.config.flags import at_least, flag, flag_name, required
-from megatron_retro.config.model import ModelConfig, ParallelConfig, RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.parallel import TrainingParallelConfig
 from megatron_retro.errors import UserError
 
 
@@ -64,7 +65,7 @@ class PretrainConfig:
 
     retro: RetroConfig = dataclasses.field(default_factory=RetroConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    parallel: TrainingParallelConfig = dataclasses.field(default_factory=TrainingParallelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimization: OptimizationConfig = dataclasses.field(default_factory=OptimizationConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
@@ -138,6 +139,13 @@ class PretrainConfig:
             raise UserError(
                 f"--global-batch-size {optimization.global_batch_size} is no multiple of --micro-batch-size "
                 f"{optimization.micro_batch_size} × {ranks} data-parallel ranks"
+            )
+        microbatches, stages = optimization.global_batch_size // together, parallel.pipeline_model_parallel_size
+        if parallel.virtual_stages > 1 and microbatches % stages:
+            raise UserError(
+                f"--global-batch-size {optimization.global_batch_size} makes {microbatches} micro-batches; with "
+                f"--num-virtual-stages-per-pipeline-rank {parallel.virtual_stages} their number must be a multiple of "
+                f"--pipeline-model-parallel-size {stages}"
             )
 
 

@@ -30,6 +30,7 @@ class RetroDecoder(MegatronModule):
         final_norm: whether this is the last stage.
         recompute: what the backward pass makes again.
         seed: of the initial weights.
+        vp_stage: which of this rank's virtual stages; None where there is one.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class RetroDecoder(MegatronModule):
         final_norm: bool,
         recompute: Recompute,
         seed: int,
+        vp_stage: int | None = None,
     ):
         super().__init__(config)
         self.first_retro_layer = min(retro_layers, default=0)
@@ -55,7 +57,8 @@ class RetroDecoder(MegatronModule):
         self.rotary = rotary
         self.layers = LayerStack(config)
         self.encoder: RetroEncoder | None = None
-        for number in layers_of_this_stage(config):
+        numbers = layers_of_this_stage(config, vp_stage)
+        for number in numbers:
             reads = None
             if number in retro_layers:
                 assert encoder_config
@@ -63,7 +66,7 @@ class RetroDecoder(MegatronModule):
                     reads = ChunkedCrossAttention(config, encoder_config.hidden_size, chunk_length)
             with initial_weights(seed, f"layer {number}"):
                 self.layers.append(Layer(config, number, causal=True, recompute=recompute, cross_attention=reads))
-        if self.first_retro_layer in layers_of_this_stage(config):
+        if self.first_retro_layer in numbers:
             assert encoder_config
             self.encoder = RetroEncoder(
                 encoder_config,

@@ -22,6 +22,7 @@ from megatron_retro.model.loss import cross_entropy
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.packing import boundary_rows, pack, unpack
 from megatron_retro.model.recompute import Recompute
+from megatron_retro.model.stages import StagePlan, plan_stages
 
 
 class RetroModel(LanguageModule):
@@ -34,6 +35,10 @@ class RetroModel(LanguageModule):
         vocab_size: padded vocabulary.
         chunk_length: C; the retrieved length is 2 C.
         seed: of the initial weights, which do not depend on the layout.
+        vp_stage: which of this rank's virtual stages; None where there is one.
+
+    Attributes:
+        plan: which layers lie on which stage.
     """
 
     def __init__(
@@ -44,12 +49,15 @@ class RetroModel(LanguageModule):
         vocab_size: int,
         chunk_length: int,
         seed: int,
+        vp_stage: int | None = None,
     ):
-        config = decoder_config(model, parallel)
+        plan = plan_stages(model, retro, parallel, vocab_size, chunk_length)
+        config = decoder_config(model, parallel, plan)
         super().__init__(config)
+        self.plan, self.vp_stage = plan, vp_stage
         self.model_type = ModelType.encoder_or_decoder
-        self.pre_process = parallel_state.is_pipeline_first_stage()
-        self.post_process = parallel_state.is_pipeline_last_stage()
+        self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         self.share_embeddings_and_output_weights = not model.untie_embeddings_and_output_weights
         self.retrieved_shape: tuple[int, int] | None = None  # R, width of the encoder's output
         if retro:
@@ -73,6 +81,7 @@ class RetroModel(LanguageModule):
             final_norm=self.post_process,
             recompute=Recompute(parallel.recompute_granularity),
             seed=seed,
+            vp_stage=vp_stage,
         )
         if self.post_process:
             with initial_weights(seed, "output"):
@@ -198,9 +207,28 @@ class RetroModel(LanguageModule):
     def _sequence_parts(self) -> int:
         return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
 
+    def boundary_bytes(self, num_positions: int, num_samples: int, num_chunks: int, num_neighbors: int) -> int:
+        """Bytes of that tensor for a micro-batch, over all sequence-parallel parts; its gradient has as many."""
+        rows = self.boundary_length(num_positions, num_chunks, num_neighbors)
+        return rows * num_samples * self.config.hidden_size * self.config.pipeline_dtype.itemsize
 
-def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """The decoder's shape and layout in megatron-core's terms."""
+
+def make_stages(
+    model: ModelConfig,
+    retro: RetroConfig | None,
+    parallel: ParallelConfig,
+    vocab_size: int,
+    chunk_length: int,
+    seed: int,
+) -> list[RetroModel]:
+    """This rank's part of the model, as `RetroModel` takes it: one for each of its virtual stages."""
+    stages = range(parallel.virtual_stages) if parallel.virtual_stages > 1 else [None]
+    return [RetroModel(model, retro, parallel, vocab_size, chunk_length, seed, stage) for stage in stages]
+
+
+def decoder_config(model: ModelConfig, parallel: ParallelConfig, plan: StagePlan | None = None) -> TransformerConfig:
+    """The decoder's shape and layout in megatron-core's terms; without a plan all of it lies on one stage."""
+    stages = parallel.pipeline_model_parallel_size if plan else 1
     dtype = torch.bfloat16 if parallel.bf16 else torch.float32
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -218,7 +246,10 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerC
         attention_dropout=model.attention_dropout,
         init_method_std=model.init_method_std,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        pipeline_model_parallel_size=stages,
+        virtual_pipeline_model_parallel_size=parallel.virtual_stages if plan and parallel.virtual_stages > 1 else None,
+        pipeline_model_parallel_layout=plan.layout if plan and stages > 1 else None,
+        batch_p2p_comm=parallel.virtual_stages == 1,  # see `mcore.run_pipeline`
         sequence_parallel=parallel.sequence_parallel,
         bf16=parallel.bf16,
         params_dtype=dtype,
@@ -242,7 +273,7 @@ def encoder_config(model: ModelConfig, retro: RetroConfig, parallel: ParallelCon
         num_attention_heads=heads,
         num_query_groups=heads,
     )
-    return decoder_config(encoder, dataclasses.replace(parallel, pipeline_model_parallel_size=1))
+    return decoder_config(encoder, parallel)
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:

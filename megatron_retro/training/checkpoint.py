@@ -101,6 +101,10 @@ def check_same_run(state: RunState, config: PretrainConfig, vocab_size: int, chu
         if name in _FREE or (not retrieves and name.startswith("retro_") and name != "retro_add_retriever"):
             continue
         _same(flags.flag_name(name), state.config.get(name), ours[name])
+    distributed_optimizer = "use_distributed_optimizer"  # its state is laid out in a way of its own
+    _same(
+        flags.flag_name(distributed_optimizer), state.config.get(distributed_optimizer, False), ours[distributed_optimizer]
+    )
     _same("the padded vocabulary", state.vocab_size, vocab_size)
     _same("the work dir's chunk length", state.chunk_length, chunk_length)
     _same("the work dir's digest of tokenizer, corpus and chunks", state.data_digest, digest)

@@ -65,31 +65,39 @@ def sample_losses(
     """
     ranks = mcore.parallel_state.get_data_parallel_world_size()
     rank = mcore.parallel_state.get_data_parallel_rank()
-    together = micro_batch_size * ranks
+    microbatches = num_microbatches(model)
+    together = micro_batch_size * ranks * microbatches
     rows: list[np.ndarray] = []
     was_training = model.training
     model.eval()
     with torch.no_grad():
         for begin in range(0, num_samples, together):
-            ids = begin + rank * micro_batch_size + np.arange(micro_batch_size)
-            batch = samples.batch(np.where(ids < num_samples, ids, -1), retrieval)
-            rows += [_by_slot(report, samples.table.chunk_length) for report in run_forward(model, batch)]
+            ids = begin + np.arange(together)
+            mine = np.where(ids < num_samples, ids, -1).reshape(microbatches, ranks, micro_batch_size)[:, rank]
+            batches = [samples.batch(row, retrieval) for row in mine]
+            rows += [_by_slot(report, samples.table.chunk_length) for report in run_forward(model, batches)]
             progress(min(together, num_samples - begin))
     model.train(was_training)
     return _gather(rows, num_samples)
 
 
-def run_forward(model: torch.nn.Module, batch: Batch) -> list[dict[str, Any]]:
-    """One microbatch through all pipeline stages without gradients; reports on the last stage."""
+def run_forward(model: torch.nn.Module, batches: list[Batch]) -> list[dict[str, Any]]:
+    """`num_microbatches` of equal shape through all pipeline stages without gradients; reports on the last stage."""
     return mcore.run_pipeline(
         forward_step,
-        iter([batch]),
+        iter(batches),
         model,
-        num_microbatches=1,
-        seq_length=boundary_length(model, batch),
-        micro_batch_size=len(batch.sample_ids),
+        num_microbatches=len(batches),
+        seq_length=boundary_length(model, batches[0]),
+        micro_batch_size=len(batches[0].sample_ids),
         forward_only=True,
     )
+
+
+def num_microbatches(model: torch.nn.Module) -> int:
+    """The fewest that the pipeline takes: one, but with virtual stages one a pipeline rank."""
+    virtual = isinstance(model, mcore.ModelChunks) and len(model) > 1
+    return mcore.parallel_state.get_pipeline_model_parallel_world_size() if virtual else 1
 
 
 def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable]:

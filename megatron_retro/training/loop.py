@@ -18,7 +18,7 @@ from megatron_retro.config.training import PretrainConfig
 from megatron_retro.data.samples import Batch, Samples
 from megatron_retro.errors import UserError
 from megatron_retro.model.flops import multiply_adds
-from megatron_retro.model.model import RetroModel, padded_vocab_size
+from megatron_retro.model.model import make_stages, padded_vocab_size
 from megatron_retro.training import checkpoint
 from megatron_retro.training.data import TrainingData, check_split
 from megatron_retro.training.evaluation import boundary_length, forward_step, sample_losses
@@ -40,6 +40,7 @@ def train(config: PretrainConfig) -> None:
     mcore.initialize(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
+        virtual_stages=parallel.virtual_stages,
         timeout_minutes=parallel.distributed_timeout_minutes,
     )
 
@@ -170,7 +171,7 @@ def train(config: PretrainConfig) -> None:
 
 def make_model_and_optimizer(
     config: PretrainConfig, vocab_size: int, chunk_length: int
-) -> tuple[mcore.DistributedDataParallel, Any]:
+) -> tuple[mcore.ModelChunks, Any]:
     """This rank's part of the model with its initial weights, and what updates it.
 
     Args:
@@ -193,15 +194,20 @@ def make_model_and_optimizer(
     return model, optimizer
 
 
-def make_model(config: PretrainConfig, vocab_size: int, chunk_length: int) -> mcore.DistributedDataParallel:
+def make_model(config: PretrainConfig, vocab_size: int, chunk_length: int) -> mcore.ModelChunks:
     """This rank's part of the model, as `make_model_and_optimizer`."""
+    parallel = config.parallel
     return mcore.wrap_for_training(
-        RetroModel(config.model, config.active_retro, config.parallel, vocab_size, chunk_length, config.data.seed)
+        *make_stages(config.model, config.active_retro, parallel, vocab_size, chunk_length, config.data.seed),
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        grad_reduce_in_bf16=parallel.grad_reduce_in_bf16,
     )
 
 
 def train_step(
-    model: mcore.DistributedDataParallel,
+    model: mcore.ModelChunks,
     optimizer: Any,
     samples: BatchSource,
     ids: np.ndarray,
@@ -345,7 +351,7 @@ def _checkpoint(config: PretrainConfig) -> Any:
     return found
 
 
-def _description(config: PretrainConfig, data: TrainingData, model: torch.nn.Module, samples: Samples) -> str:
+def _description(config: PretrainConfig, data: TrainingData, model: mcore.ModelChunks, samples: Samples) -> str:
     parallel, optimization = config.parallel, config.optimization
     ranks = mcore.parallel_state.get_data_parallel_world_size()
     parameters = torch.tensor(float(sum(p.numel() for p in model.parameters())), device=mcore.device())
@@ -353,9 +359,27 @@ def _description(config: PretrainConfig, data: TrainingData, model: torch.nn.Mod
     kind = f"RETRO (layers {config.retro.retro_layers})" if config.active_retro else "GPT"
     return (
         f"{kind}, {parameters.item() / 1e6:.1f}M parameters; TP {parallel.tensor_model_parallel_size} × "
-        f"PP {parallel.pipeline_model_parallel_size} × DP {ranks}; {optimization.train_iters} iterations of "
+        f"PP {parallel.pipeline_model_parallel_size} × DP {ranks}; {_stages(config, data, model)}"
+        f"{optimization.train_iters} iterations of "
         f"{optimization.global_batch_size} × {config.model.seq_length} tokens; "
         f"{samples.epoch_size:,} samples an epoch, {data.table.num_chunks:,} chunks"
+    )
+
+
+def _stages(config: PretrainConfig, data: TrainingData, model: mcore.ModelChunks) -> str:
+    """How the layers are shared out, and what a micro-batch sends from one stage to the next."""
+    if config.parallel.pipeline_model_parallel_size == 1:
+        return ""
+    inner, retro, length = mcore.unwrap(model), config.active_retro, config.model.seq_length
+    size = inner.boundary_bytes(
+        length,
+        config.optimization.micro_batch_size,
+        length // data.table.chunk_length if retro else 0,
+        retro.retro_num_neighbors if retro else 0,
+    )
+    return (
+        f"stages of {'+'.join(map(str, inner.plan.layers))} layers, the dearest rank {inner.plan.dearest_over_mean:.2f} "
+        f"× the mean, {size / 1e6:.3g} MB from stage to stage; "
     )
 
 
