@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node N tests/parallel_worker.py OUT.pt LAYOUT…     LAYOUT = TPxPP[xOPTION…]:RETRO_LAYERS
 
-An option is a name of OPTIONS, VP2 (virtual stages) or a --pipeline-model-parallel-layout. Gradients are stored whole
-(gathered over tensor-parallel ranks and the shards of the distributed optimizer), under names that are the same at every
-layout.
+An option is a name of OPTIONS, VP2 (virtual stages), a --pipeline-model-parallel-layout, or `hidden`: retrieval dropout
+leaves no sample any neighbor. Gradients are stored whole (gathered over tensor-parallel ranks and the shards of the
+distributed optimizer), under names that are the same at every layout.
 """
 
 import functools
@@ -51,7 +51,7 @@ class EveryOther:
         return np.where((chunks % 5 == 0)[:, None], -1, ids)
 
 
-def make_samples() -> Samples:
+def make_samples(*, hidden: bool) -> Samples:
     draw = np.random.default_rng(0)
     length = draw.integers(1, 70, size=60)
     start = np.append(0, np.cumsum(length)[:-1])
@@ -67,8 +67,8 @@ def make_samples() -> Samples:
         pad=0,
         num_samples=STEPS * GLOBAL_BATCH,
         neighbors=EveryOther(table.num_chunks),
-        retrieval_dropout=0.2,
-        random_neighbor_prob=0.2,
+        retrieval_dropout=1.0 if hidden else 0.2,
+        random_neighbor_prob=0.0 if hidden else 0.2,
     )
 
 
@@ -92,7 +92,7 @@ def parallel_of(sizes: str) -> TrainingParallelConfig:
             parallel.pipeline_model_parallel_layout = option
         elif option in ("selective", "full"):
             parallel.recompute_granularity = option
-        else:
+        elif option != "hidden":
             setattr(parallel, OPTIONS[option], True)
     return parallel
 
@@ -131,7 +131,7 @@ def run(layout: str) -> dict:
         grad_reduce_in_bf16=parallel.grad_reduce_in_bf16,
     )
     optimizer = mcore.build_optimizer(model, lr=1e-3, weight_decay=0.1, clip_grad=CLIP, adam_eps=1e-5)
-    samples = make_samples()
+    samples = make_samples(hidden="hidden" in sizes)
     result: dict = {"loss": [], "norm": [], "gradients": []}
     for step in range(STEPS):
         ids = step * GLOBAL_BATCH + np.arange(GLOBAL_BATCH)
