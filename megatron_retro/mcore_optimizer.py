@@ -1,9 +1,14 @@
-"""Lets checkpoints of megatron-core's distributed optimizer load where Adam is torch's. Used by `mcore.py` alone.
+"""Makes the checkpoints of megatron-core's distributed optimizer right. Used by `mcore.py` alone.
 
-Adam of apex and Transformer Engine counts its steps by parameter group, torch's for each parameter. megatron-core 0.16
-takes the second into account in part, and three things break: a fresh optimizer has no step to describe itself by
-(`begin`); loading looks for a step among the tensors that it loads (`mend`); and all parameters get one tensor to count
-in, which then advances once a parameter (`separate_steps`, after each load).
+What is wrong in 0.16:
+
+- A buffer of several buckets is padded between them, and saved as if it were not: behind the first bucket each
+  parameter's state is that of another place. The first and last pipeline stage have several buckets where they share the
+  embedding, and every large model has with --overlap-grad-reduce.
+- Adam of apex and Transformer Engine counts its steps by parameter group, torch's for each parameter, and that breaks
+  three things: a fresh optimizer has no step to describe itself by (`begin`); loading looks for a step among the tensors
+  it loads; and all parameters get one tensor to count in, which then advances once a parameter (`separate_steps`, after
+  each load).
 """
 
 import functools
@@ -15,14 +20,16 @@ from torch import Tensor
 
 
 def mend(optimizer: Any) -> None:
-    """Have a distributed optimizer load its tensors; others stay as they are."""
-    for part in _broken_parts(optimizer):
-        part._set_main_param_and_optimizer_states = functools.partial(_set_tensors, part)
+    """Have a distributed optimizer save and load its tensors rightly; others stay as they are."""
+    for part in _distributed(optimizer):
+        part.get_parameter_state_dp_zero = functools.partial(_gather, part)
+        if _is_torchs(part):
+            part._set_main_param_and_optimizer_states = functools.partial(_set_tensors, part)
 
 
 def begin(optimizer: Any) -> None:
     """Give each parameter that has none the state before the first step."""
-    for part in _broken_parts(optimizer):
+    for part in filter(_is_torchs, _distributed(optimizer)):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 if not part.optimizer.state[parameter]:
@@ -33,15 +40,38 @@ def begin(optimizer: Any) -> None:
 
 def separate_steps(optimizer: Any) -> None:
     """Give each parameter a count of its own."""
-    for part in _broken_parts(optimizer):
+    for part in filter(_is_torchs, _distributed(optimizer)):
         for state in part.optimizer.state.values():
             state["step"] = state["step"].clone()
 
 
-def _broken_parts(optimizer: Any) -> Iterator[Any]:
+def _distributed(optimizer: Any) -> Iterator[Any]:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if hasattr(part, "gbuf_ranges") and isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        if hasattr(part, "gbuf_ranges"):
             yield part
+
+
+def _is_torchs(part: Any) -> bool:
+    return isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _gather(part: Any, **settings: Any) -> dict | None:
+    """`DistributedOptimizer.get_parameter_state_dp_zero`, with the padding that its caller expects between buckets."""
+    state = type(part).get_parameter_state_dp_zero(part, **settings)
+    for number, buffer in enumerate(part.buffers if state else ()):
+        for tensors in state[number].values():
+            for name in ("param", "exp_avg", "exp_avg_sq"):
+                tensors[name] = _padded(tensors[name], buffer)
+    return state
+
+
+def _padded(joined: Tensor, buffer: Any) -> Tensor:
+    """The buckets' contents [sum of lengths] where they lie in the buffer [its length]."""
+    padded, done = joined.new_zeros(buffer.numel), 0
+    for bucket, (start, _) in zip(buffer.buckets, buffer.bucket_indices, strict=True):
+        padded[start : start + bucket.numel_unpadded] = joined[done : done + bucket.numel_unpadded]
+        done += bucket.numel_unpadded
+    return padded
 
 
 @torch.no_grad()

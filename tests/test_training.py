@@ -91,29 +91,73 @@ def test_resumed_at_the_same_layout_bit_equal(
         assert metrics(save, key) == expected
 
 
-@pytest.mark.parametrize(
-    "layout", ["--tensor-model-parallel-size 2 --sequence-parallel", "--pipeline-model-parallel-size 2"]
-)
-def test_resumed_at_another_layout(
-    small_work: pathlib.Path, tmp_path: pathlib.Path, no_dropout: pathlib.Path, layout: str
-) -> None:
+TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel"
+STAGES = "--pipeline-model-parallel-size 2"
+VIRTUAL = f"{STAGES} --num-virtual-stages-per-pipeline-rank 2"
+UNEVEN = f"{STAGES} --pipeline-model-parallel-layout Et|tttL"
+SHARDED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+
+
+def test_resumed_at_other_layouts(small_work: pathlib.Path, tmp_path: pathlib.Path, no_dropout: pathlib.Path) -> None:
+    """One update at each: what every layout saves, the next one loads."""
     save = from_the_middle(no_dropout, tmp_path)
-    more = ["--hidden-dropout", 0, "--load", save, "--save", save, *layout.split()]
-    run_forked(*flags(small_work, *more), ranks=2)
-    expected = {number: loss for number, loss in metrics(no_dropout).items() if number > SAVED}
-    assert metrics(save) == pytest.approx(expected, rel=1e-5)
-    assert metrics(save, "valid_loss_off") == pytest.approx(metrics(no_dropout, "valid_loss_off"), rel=1e-5)
-    for line in (save / "metrics.jsonl").read_text().splitlines()[: ITERATIONS - SAVED]:
-        assert_speed(json.loads(line))
-        assert json.loads(line)["communication_share"] > 0
+    same = ["--hidden-dropout", 0, "--load", save, "--save", save, "--eval-interval", 1, "--exit-interval", 1]
+    texts = [
+        run_forked(*flags(small_work, *same, *layout.split()), ranks=2)
+        for layout in (TENSOR, VIRTUAL, UNEVEN)
+    ]
+    for key in ("lm_loss", "grad_norm", "valid_loss_on", "valid_loss_off"):
+        expected = {number: value for number, value in metrics(no_dropout, key).items() if number > SAVED}
+        assert metrics(save, key) == pytest.approx(expected, rel=1e-5)
+    assert "stages of 1+1+1+1 layers, the dearest rank 1." in texts[1] and "MB from stage to stage" in texts[1]
+    assert "stages of 1+3 layers" in texts[2] and "stages of" not in texts[0]
 
 
 @pytest.fixture(scope="module")
 def no_dropout(small_work: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """An uninterrupted run of two data-parallel ranks without dropout (its masks differ between layouts)."""
     save = tmp_path_factory.mktemp("no_dropout")
-    run(*flags(small_work, "--hidden-dropout", 0, "--save", save, "--save-interval", SAVED), ranks=2)
+    same = ["--hidden-dropout", 0, "--eval-interval", 1]
+    run(*flags(small_work, *same, "--save", save, "--save-interval", SAVED), ranks=2)
     return save
+
+
+def test_distributed_optimizer_resumed(
+    small_work: pathlib.Path, tmp_path: pathlib.Path, no_dropout: pathlib.Path
+) -> None:
+    """It trains as the optimizer that is not distributed; resumed bit-equal, and at other layouts."""
+    whole, again, other = (tmp_path / name for name in ("whole", "again", "other"))
+    same = ["--hidden-dropout", 0, "--eval-interval", 1, "--use-distributed-optimizer"]
+    run_forked(*flags(small_work, *same, *SHARDED.split(), "--save", whole, "--save-interval", SAVED), ranks=2)
+    assert metrics(whole) == pytest.approx(metrics(no_dropout), rel=1e-5)
+    assert metrics(whole, "valid_loss_on") == pytest.approx(metrics(no_dropout, "valid_loss_on"), rel=1e-5)
+
+    from_the_middle(whole, again)
+    run_forked(*flags(small_work, *same, *SHARDED.split(), "--load", again, "--save", again), ranks=2)
+    from_the_middle(whole, other)
+    one_update = ["--load", other, "--save", other, "--exit-interval", 1]
+    run_forked(*flags(small_work, *same, *one_update))
+    run_forked(*flags(small_work, *same, *one_update, *VIRTUAL.split(), "--overlap-grad-reduce"), ranks=2)
+    run_forked(*flags(small_work, *same, *one_update, *SHARDED.split()), ranks=2)
+    for key in ("lm_loss", "grad_norm", "valid_loss_on"):
+        expected = {number: value for number, value in metrics(whole, key).items() if number > SAVED}
+        assert metrics(again, key) == expected
+        assert metrics(other, key) == pytest.approx(expected, rel=1e-5)
+
+
+def test_distributed_optimizer_in_bf16_resumed(small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    same = ["--bf16", "--grad-reduce-in-bf16", *SHARDED.split()]
+    run_forked(*flags(small_work, *same, "--save", whole, "--save-interval", SAVED), ranks=2)
+    from_the_middle(whole, again)
+    run_forked(*flags(small_work, *same, "--load", again, "--save", again), ranks=2)
+    expected = {number: value for number, value in metrics(whole).items() if number > SAVED}
+    assert metrics(again) == expected
+
+
+def test_optimizer_of_the_other_kind_is_refused(whole: pathlib.Path, small_work: pathlib.Path) -> None:
+    line = refused(run_forked(*flags(small_work, "--load", whole, "--use-distributed-optimizer"), expect=2))
+    assert "--use-distributed-optimizer is False in the checkpoint, True in this run" in line
 
 
 def test_killed_run_goes_on_where_its_checkpoint_is(
