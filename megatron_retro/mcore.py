@@ -51,6 +51,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -71,6 +72,7 @@ __all__ = [
     "ModelChunks",
     "ModelType",
     "OptimizerParamScheduler",
+    "PipelineParallelLayerLayout",
     "RotaryEmbedding",
     "RowParallelLinear",
     "SelfAttention",

@@ -76,3 +76,5 @@ def test_schedule_is_told_the_length_that_stages_send(num_samples):
     packed = pack(randn(35, num_samples, 26), randn(*shape), boundary_rows(shape, num_samples, 26))
     assert model.boundary_length(35, num_chunks, num_neighbors) == packed.shape[0]
     assert model.boundary_length(35, 0, num_neighbors) == 35
+    sent = packed.to(model.config.pipeline_dtype)
+    assert model.boundary_bytes(35, num_samples, num_chunks, num_neighbors) == sent.numel() * sent.element_size()

@@ -2,10 +2,13 @@
 
 import json
 import pathlib
+import types
 
 import pytest
 import torch
 from launch import run_forked
+
+from megatron_retro import mcore
 
 WORKER = pathlib.Path(__file__).with_name("parallel_worker.py")
 
@@ -48,6 +51,17 @@ def test_losses_are_the_golden_ones(serial: dict) -> None:
     assert set(golden) == {layout for layout in serial if "hidden" not in layout}
     for layout, losses in golden.items():
         assert serial[layout]["loss"] == pytest.approx(losses, rel=1e-3 if "bf16" in layout else 1e-5), layout
+
+
+@pytest.mark.parametrize("setting", ["batch_p2p_comm", "overlap_p2p_comm"])
+def test_settings_that_give_wrong_gradients_with_virtual_stages_are_not_run(setting: str) -> None:
+    config = types.SimpleNamespace(**{"batch_p2p_comm": False, "overlap_p2p_comm": False, setting: True})
+    stages = mcore.ModelChunks([torch.nn.Identity(), torch.nn.Identity()])
+    stages[0].config = config
+    with pytest.raises(AssertionError):
+        mcore.run_pipeline(
+            None, iter([]), stages, num_microbatches=2, seq_length=1, micro_batch_size=1, forward_only=True
+        )
 
 
 def assert_equal(result: dict, expected: dict, layout: str, tolerance: float) -> None:

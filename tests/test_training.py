@@ -102,14 +102,11 @@ def test_resumed_at_other_layouts(small_work: pathlib.Path, tmp_path: pathlib.Pa
     """One update at each: what every layout saves, the next one loads."""
     save = from_the_middle(no_dropout, tmp_path)
     same = ["--hidden-dropout", 0, "--load", save, "--save", save, "--eval-interval", 1, "--exit-interval", 1]
-    texts = [
-        run_forked(*flags(small_work, *same, *layout.split()), ranks=2)
-        for layout in (TENSOR, VIRTUAL, UNEVEN)
-    ]
+    texts = [run_forked(*flags(small_work, *same, *layout.split()), ranks=2) for layout in (TENSOR, VIRTUAL, UNEVEN)]
     for key in ("lm_loss", "grad_norm", "valid_loss_on", "valid_loss_off"):
         expected = {number: value for number, value in metrics(no_dropout, key).items() if number > SAVED}
         assert metrics(save, key) == pytest.approx(expected, rel=1e-5)
-    assert "stages of 1+1+1+1 layers, the dearest rank 1." in texts[1] and "MB from stage to stage" in texts[1]
+    assert "stages of 1+1+1+1 layers, the dearest rank 1." in texts[1] and "MB between stages; " in texts[1]
     assert "stages of 1+3 layers" in texts[2] and "stages of" not in texts[0]
 
 
@@ -122,37 +119,30 @@ def no_dropout(small_work: pathlib.Path, tmp_path_factory: pytest.TempPathFactor
     return save
 
 
-def test_distributed_optimizer_resumed(
+def test_distributed_optimizer_resumed_at_other_layouts(
     small_work: pathlib.Path, tmp_path: pathlib.Path, no_dropout: pathlib.Path
 ) -> None:
-    """It trains as the optimizer that is not distributed; resumed bit-equal, and at other layouts."""
-    whole, again, other = (tmp_path / name for name in ("whole", "again", "other"))
+    whole, other = tmp_path / "whole", tmp_path / "other"
     same = ["--hidden-dropout", 0, "--eval-interval", 1, "--use-distributed-optimizer"]
     run_forked(*flags(small_work, *same, *SHARDED.split(), "--save", whole, "--save-interval", SAVED), ranks=2)
-    assert metrics(whole) == pytest.approx(metrics(no_dropout), rel=1e-5)
-    assert metrics(whole, "valid_loss_on") == pytest.approx(metrics(no_dropout, "valid_loss_on"), rel=1e-5)
-
-    from_the_middle(whole, again)
-    run_forked(*flags(small_work, *same, *SHARDED.split(), "--load", again, "--save", again), ranks=2)
     from_the_middle(whole, other)
-    one_update = ["--load", other, "--save", other, "--exit-interval", 1]
-    run_forked(*flags(small_work, *same, *one_update))
-    run_forked(*flags(small_work, *same, *one_update, *VIRTUAL.split(), "--overlap-grad-reduce"), ranks=2)
-    run_forked(*flags(small_work, *same, *one_update, *SHARDED.split()), ranks=2)
+    for layout in (f"{VIRTUAL} --overlap-grad-reduce", SHARDED):
+        one_update = ["--load", other, "--save", other, "--exit-interval", 1, *layout.split()]
+        run_forked(*flags(small_work, *same, *one_update), ranks=2)
     for key in ("lm_loss", "grad_norm", "valid_loss_on"):
-        expected = {number: value for number, value in metrics(whole, key).items() if number > SAVED}
-        assert metrics(again, key) == expected
+        assert metrics(whole, key) == pytest.approx(metrics(no_dropout, key), rel=1e-5)
+        expected = {number: value for number, value in metrics(whole, key).items() if SAVED < number < ITERATIONS}
         assert metrics(other, key) == pytest.approx(expected, rel=1e-5)
 
 
-def test_distributed_optimizer_in_bf16_resumed(small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_distributed_optimizer_resumed_bit_equal(small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:
     whole, again = tmp_path / "whole", tmp_path / "again"
     same = ["--bf16", "--grad-reduce-in-bf16", *SHARDED.split()]
     run_forked(*flags(small_work, *same, "--save", whole, "--save-interval", SAVED), ranks=2)
     from_the_middle(whole, again)
     run_forked(*flags(small_work, *same, "--load", again, "--save", again), ranks=2)
-    expected = {number: value for number, value in metrics(whole).items() if number > SAVED}
-    assert metrics(again) == expected
+    for key in ("lm_loss", "grad_norm", "valid_loss_on"):
+        assert metrics(again, key) == {number: value for number, value in metrics(whole, key).items() if number > SAVED}
 
 
 def test_optimizer_of_the_other_kind_is_refused(whole: pathlib.Path, small_work: pathlib.Path) -> None:
@@ -294,14 +284,54 @@ def test_bad_layout_ends_every_rank_with_one_line(small_work: pathlib.Path) -> N
         ("--retro-layers", "5"),
         ("--pipeline-model-parallel-size", 2),
         ("--num-attention-heads", 5),
+        ("--context-parallel-size", 2),
+        ("--num-virtual-stages-per-pipeline-rank", 2),
+        ("--overlap-param-gather", None),
+        ("--grad-reduce-in-bf16", None),
+        ("--pipeline-model-parallel-layout", "EttttL|"),
+        ("--pipeline-model-parallel-layout", "Ett||ttL"),
+        ("--pipeline-model-parallel-layout", "Ettt|ttL"),
     ],
 )
 def test_values_out_of_range_name_their_flag(flag: str, value: object) -> None:
     config = parse(
-        PretrainConfig, ["--retro-work-dir", "x", "--num-layers", "4", "--hidden-size", "64", flag, str(value)]
+        PretrainConfig,
+        [
+            "--retro-work-dir",
+            "x",
+            "--num-layers",
+            "4",
+            "--hidden-size",
+            "64",
+            flag,
+            *([] if value is None else [str(value)]),
+        ],
     )
     with pytest.raises(UserError, match=flag):
         config.finish(world_size=2 if "pipeline" not in flag else 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("5", "--pipeline-model-parallel-size 5 makes more stages than --num-layers 4"),
+        ("2 --num-virtual-stages-per-pipeline-rank 3", "--num-virtual-stages-per-pipeline-rank 3 makes more stages"),
+        ("2 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 12", "makes 3 micro-batches"),
+        (
+            "2 --pipeline-model-parallel-layout Et|tt|tL",
+            "has 3 stages, no multiple of --pipeline-model-parallel-size 2",
+        ),
+        (
+            "2 --pipeline-model-parallel-layout Ett|ttL --num-virtual-stages-per-pipeline-rank 2",
+            "differs from the 1 of",
+        ),
+    ],
+)
+def test_pipelines_that_do_not_fit(arguments: str, message: str) -> None:
+    shape = "--retro-work-dir x --num-layers 4 --hidden-size 64 --pipeline-model-parallel-size"
+    config = parse(PretrainConfig, f"{shape} {arguments}".split())
+    with pytest.raises(UserError, match=re.escape(message)):
+        config.finish(world_size=config.parallel.pipeline_model_parallel_size)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,7 @@ class TrainingParallelConfig(ParallelConfig):
         None, 'stages in Megatron\'s letters, like "Ettt|tttt|ttL" (t: a layer)', show="balanced by their arithmetic"
     )
     context_parallel_size: int = flag(1, "1; RETRO does not shard one sample's attention over ranks")
-    use_distributed_optimizer: bool = flag(
-        False, "shard main weights and Adam's moments over the data-parallel ranks"
-    )
+    use_distributed_optimizer: bool = flag(False, "shard main weights and Adam's moments over the data-parallel ranks")
     overlap_grad_reduce: bool = flag(False, "sum gradients over data-parallel ranks while backward goes on")
     overlap_param_gather: bool = flag(
         False, "gather updated weights while forward goes on; needs --use-distributed-optimizer"

@@ -1,7 +1,7 @@
 """Which layers lie on which pipeline stage: stages of about equal arithmetic.
 
-Layers are not alike. The first RETRO layer brings the encoder, every RETRO layer cross-attention, and the last stage has
-the output layer on top. Stages work at the pace of the dearest one.
+Layers are not alike. The first RETRO layer brings the encoder, every RETRO layer cross-attention, and the last stage
+has the output layer on top. Stages work at the pace of the dearest one.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ def plan_stages(
 ) -> StagePlan:
     """The layout that was asked for, or one whose dearest rank is cheap.
 
-    Without virtual stages it is the cheapest there is. With them the PP × VP stages are balanced first, then sizes of two
-    of them change by a layer for as long as that makes the ranks' sums better.
+    Without virtual stages it is the cheapest there is. With them the PP × VP stages are balanced first, then sizes of
+    two of them change by a layer for as long as that makes the ranks' sums better.
     """
     ranks = parallel.pipeline_model_parallel_size
     costs, logits = layer_costs(model, retro, vocab_size, chunk_length)

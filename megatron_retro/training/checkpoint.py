@@ -103,7 +103,9 @@ def check_same_run(state: RunState, config: PretrainConfig, vocab_size: int, chu
         _same(flags.flag_name(name), state.config.get(name), ours[name])
     distributed_optimizer = "use_distributed_optimizer"  # its state is laid out in a way of its own
     _same(
-        flags.flag_name(distributed_optimizer), state.config.get(distributed_optimizer, False), ours[distributed_optimizer]
+        flags.flag_name(distributed_optimizer),
+        state.config.get(distributed_optimizer, False),
+        ours[distributed_optimizer],
     )
     _same("the padded vocabulary", state.vocab_size, vocab_size)
     _same("the work dir's chunk length", state.chunk_length, chunk_length)

@@ -377,10 +377,8 @@ def _stages(config: PretrainConfig, data: TrainingData, model: mcore.ModelChunks
         length // data.table.chunk_length if retro else 0,
         retro.retro_num_neighbors if retro else 0,
     )
-    return (
-        f"stages of {'+'.join(map(str, inner.plan.layers))} layers, the dearest rank {inner.plan.dearest_over_mean:.2f} "
-        f"× the mean, {size / 1e6:.3g} MB from stage to stage; "
-    )
+    layers, dearest = "+".join(map(str, inner.plan.layers)), inner.plan.dearest_over_mean
+    return f"stages of {layers} layers, the dearest rank {dearest:.2f} × the mean, {size / 1e6:.3g} MB between stages; "
 
 
 class _StopSignal:
