@@ -241,6 +241,9 @@ def add_residual(
 class ModelChunks(torch.nn.ModuleList):
     """This rank's part of a model in training: a `DistributedDataParallel` for each of its virtual stages."""
 
+    def __iter__(self) -> Iterator[Any]:
+        return super().__iter__()
+
     def zero_grad_buffer(self) -> None:
         for chunk in self:
             chunk.zero_grad_buffer()
@@ -278,8 +281,9 @@ def wrap_for_training(
             overlap_param_gather=overlap_param_gather,
         )
         module = Float16Module(config, model) if config.bf16 else model
-        chunks.append(DistributedDataParallel(config, ddp_config, module, disable_bucketing=len(chunks) > 0))
-        chunks[-1].broadcast_params()
+        chunk = DistributedDataParallel(config, ddp_config, module, disable_bucketing=len(chunks) > 0)
+        chunk.broadcast_params()
+        chunks.append(chunk)
     config = stages[0].config  # the one that schedules read
     config.finalize_model_grads_func = finalize_model_grads
     if overlap_grad_reduce:
@@ -292,6 +296,12 @@ def wrap_for_inference(model: LanguageModule) -> torch.nn.Module:
     """Move a model to this rank's device, in its precision."""
     model = model.to(device())
     return (Float16Module(model.config, model) if model.config.bf16 else model).eval()
+
+
+def await_weights(module: torch.nn.Module) -> None:
+    """Call before a module's weights are used without the module: with `overlap_param_gather` they may be on the way."""
+    for wait in module._forward_pre_hooks.values():
+        wait(module, ())
 
 
 def unwrap(model: torch.nn.Module) -> Any:
@@ -317,7 +327,8 @@ def build_optimizer(model: ModelChunks, **settings: Any) -> Any:
     Args:
         settings: `OptimizerConfig` fields (lr, weight_decay, adam_beta1, clip_grad, …).
     """
-    config, ddp_config = model[0].config, model[0].ddp_config
+    first = next(iter(model))
+    config, ddp_config = first.config, first.ddp_config
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         bf16=config.bf16,

@@ -3,8 +3,8 @@
 What is wrong in 0.16:
 
 - A buffer of several buckets is padded between them, and saved as if it were not: behind the first bucket each
-  parameter's state is that of another place. The first and the last pipeline stage have several buckets where they share
-  the embedding, and every large model has with --overlap-grad-reduce.
+  parameter's state is that of another place. The first and the last pipeline stage have several buckets where they
+  share the embedding, and every large model has with --overlap-grad-reduce.
 - Adam of apex and Transformer Engine counts its steps by parameter group, torch's for each parameter, and that breaks
   three things: a fresh optimizer has no step to describe itself by (`begin`); loading looks for a step among the
   tensors it loads; and all parameters get one tensor to count in, which then advances once a parameter

@@ -12,6 +12,7 @@ from megatron_retro.mcore import (
     LanguageModule,
     ModelType,
     TransformerConfig,
+    await_weights,
     initial_weights,
     parallel_state,
     to_every_tensor_parallel_rank,
@@ -150,6 +151,7 @@ class RetroModel(LanguageModule):
         return self._loss(x_SxBxD, labels_BxS, loss_mask_BxS)
 
     def _loss(self, x_SxBxD: Tensor, labels_BxS: Tensor, loss_mask_BxS: Tensor | None) -> tuple[Tensor, Tensor]:
+        await_weights(self.output_layer)
         weight = self.output_weight()
         if loss_mask_BxS is None:
             loss_mask_BxS = torch.ones_like(labels_BxS, dtype=torch.float32)
