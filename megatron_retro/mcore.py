@@ -299,7 +299,7 @@ def wrap_for_inference(model: LanguageModule) -> torch.nn.Module:
 
 
 def await_weights(module: torch.nn.Module) -> None:
-    """Call before a module's weights are used without the module: with `overlap_param_gather` they may be on the way."""
+    """Call before weights are used without their module: with `overlap_param_gather` they may be on the way."""
     for wait in module._forward_pre_hooks.values():
         wait(module, ())
 

@@ -102,10 +102,15 @@ def test_resumed_at_other_layouts(small_work: pathlib.Path, tmp_path: pathlib.Pa
     """One update at each: what every layout saves, the next one loads."""
     save = from_the_middle(no_dropout, tmp_path)
     same = ["--hidden-dropout", 0, "--load", save, "--save", save, "--eval-interval", 1, "--exit-interval", 1]
-    texts = [run_forked(*flags(small_work, *same, *layout.split()), ranks=2) for layout in (TENSOR, VIRTUAL, UNEVEN)]
+    texts = [run_forked(*flags(small_work, *same, *layout.split()), ranks=2) for layout in (TENSOR, VIRTUAL)]
+    evaluate = ["tools/evaluate_retro.py", "--load", save, "--retro-work-dir", small_work, "--max-samples", 8]
+    run_forked(*evaluate, "--output", tmp_path / "loss.json")
+    texts.append(run_forked(*flags(small_work, *same, *UNEVEN.split()), ranks=2))
     for key in ("lm_loss", "grad_norm", "valid_loss_on", "valid_loss_off"):
         expected = {number: value for number, value in metrics(no_dropout, key).items() if number > SAVED}
         assert metrics(save, key) == pytest.approx(expected, rel=1e-5)
+    evaluated = json.loads((tmp_path / "loss.json").read_text())["retrieval"]["on"]["loss"]
+    assert evaluated == pytest.approx(metrics(no_dropout, "valid_loss_on")[SAVED + 2], rel=1e-5)
     assert "stages of 1+1+1+1 layers, the dearest rank 1." in texts[1] and "MB between stages; " in texts[1]
     assert "stages of 1+3 layers" in texts[2] and "stages of" not in texts[0]
 
@@ -119,30 +124,22 @@ def no_dropout(small_work: pathlib.Path, tmp_path_factory: pytest.TempPathFactor
     return save
 
 
-def test_distributed_optimizer_resumed_at_other_layouts(
-    small_work: pathlib.Path, tmp_path: pathlib.Path, no_dropout: pathlib.Path
-) -> None:
-    whole, other = tmp_path / "whole", tmp_path / "other"
-    same = ["--hidden-dropout", 0, "--eval-interval", 1, "--use-distributed-optimizer"]
+def test_distributed_optimizer_resumed(small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Bit-equal at the same layout; at others to the rounding of bfloat16."""
+    whole, again, other = (tmp_path / name for name in ("whole", "again", "other"))
+    same = ["--bf16", "--hidden-dropout", 0, "--eval-interval", 1, "--use-distributed-optimizer"]
     run_forked(*flags(small_work, *same, *SHARDED.split(), "--save", whole, "--save-interval", SAVED), ranks=2)
+    from_the_middle(whole, again)
+    run_forked(*flags(small_work, *same, *SHARDED.split(), "--load", again, "--save", again), ranks=2)
     from_the_middle(whole, other)
     for layout in (f"{VIRTUAL} --overlap-grad-reduce", SHARDED):
         one_update = ["--load", other, "--save", other, "--exit-interval", 1, *layout.split()]
         run_forked(*flags(small_work, *same, *one_update), ranks=2)
-    for key in ("lm_loss", "grad_norm", "valid_loss_on"):
-        assert metrics(whole, key) == pytest.approx(metrics(no_dropout, key), rel=1e-5)
-        expected = {number: value for number, value in metrics(whole, key).items() if SAVED < number < ITERATIONS}
-        assert metrics(other, key) == pytest.approx(expected, rel=1e-5)
-
-
-def test_distributed_optimizer_resumed_bit_equal(small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    same = ["--bf16", "--grad-reduce-in-bf16", *SHARDED.split()]
-    run_forked(*flags(small_work, *same, "--save", whole, "--save-interval", SAVED), ranks=2)
-    from_the_middle(whole, again)
-    run_forked(*flags(small_work, *same, "--load", again, "--save", again), ranks=2)
-    for key in ("lm_loss", "grad_norm", "valid_loss_on"):
-        assert metrics(again, key) == {number: value for number, value in metrics(whole, key).items() if number > SAVED}
+    for key, tolerance in {"lm_loss": 1e-3, "valid_loss_on": 1e-3, "grad_norm": 1e-2}.items():
+        expected = {number: value for number, value in metrics(whole, key).items() if number > SAVED}
+        assert metrics(again, key) == expected
+        del expected[ITERATIONS]
+        assert metrics(other, key) == pytest.approx(expected, rel=tolerance)
 
 
 def test_optimizer_of_the_other_kind_is_refused(whole: pathlib.Path, small_work: pathlib.Path) -> None:
