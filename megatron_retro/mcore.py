@@ -138,7 +138,12 @@ def initialize(
 
 @contextlib.contextmanager
 def simulated_rank(
-    rank: int, world_size: int, tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1
+    rank: int,
+    world_size: int,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    *,
+    virtual_stages: int = 1,
 ) -> Iterator[None]:
     """Be one rank of a world that has no others: groups form, communication returns at once and moves nothing.
 
@@ -151,7 +156,10 @@ def simulated_rank(
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         parallel_state.initialize_model_parallel(
-            tensor_parallel_size, pipeline_parallel_size, create_gloo_process_groups=False
+            tensor_parallel_size,
+            pipeline_parallel_size,
+            virtual_stages if virtual_stages > 1 else None,
+            create_gloo_process_groups=False,
         )
         reseed(0)
         yield

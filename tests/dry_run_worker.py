@@ -40,8 +40,10 @@ def planned(config: PretrainConfig) -> Stage:
 
 def count_tensors(config: PretrainConfig) -> dict[str, list[float]]:
     stage, parallel = planned(config), config.parallel
-    mcore.initialize(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    microbatches = config.optimization.global_batch_size // config.optimization.micro_batch_size
+    sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    mcore.initialize(*sizes, virtual_stages=parallel.virtual_stages)
+    together = config.optimization.micro_batch_size * distributed.world_size() // parallel.ranks_of_a_model
+    microbatches = config.optimization.global_batch_size // together
     of_model, found = stage.weights + stage.gradients, {}
     for mode, planned_step in stage.steps.items():
         parallel.recompute_granularity = mode

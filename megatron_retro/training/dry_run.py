@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megatron_retro import distributed, mcore
-from megatron_retro.config.model import ParallelConfig
+from megatron_retro.config.parallel import TrainingParallelConfig
 from megatron_retro.config.training import PretrainConfig
 from megatron_retro.data.samples import Batch
 from megatron_retro.model.flops import MultiplyAdds, multiply_adds
@@ -87,6 +87,7 @@ class Plan:
         data_parallel_size: ranks that each have samples of their own.
         num_microbatches: of an update, a data-parallel rank.
         tokens: of an update.
+        virtual_stages: that each rank of a pipeline holds.
     """
 
     parameters: int
@@ -95,11 +96,12 @@ class Plan:
     data_parallel_size: int
     num_microbatches: int
     tokens: int
+    virtual_stages: int = 1
 
     @property
     def bubble(self) -> float:
         """Share of an update in which a pipeline stage waits for others."""
-        waiting = len(self.stages) - 1
+        waiting = (len(self.stages) - 1) / self.virtual_stages
         return waiting / (self.num_microbatches + waiting)
 
     def tokens_per_second(self, mode: str | None, rate: float) -> float:
@@ -156,6 +158,7 @@ def plan(config: PretrainConfig, num_ranks: int, vocab_size: int, chunk_length: 
         ranks,
         num_microbatches,
         optimization.global_batch_size * config.model.seq_length,
+        config.parallel.virtual_stages,
     )
 
 
@@ -208,7 +211,7 @@ def run_step(
 
 
 def _parameters_of_all(config: PretrainConfig, vocab_size: int, chunk_length: int) -> int:
-    whole = dataclasses.replace(config, parallel=ParallelConfig())
+    whole = dataclasses.replace(config, parallel=TrainingParallelConfig())
     with mcore.simulated_rank(0, 1), without_memory():
         return _num_parameters(make_model(whole, vocab_size, chunk_length))
 
@@ -220,25 +223,32 @@ def _stage(
     steps: dict[str | None, Step] = {}
     stages, tensor = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
     in_flight_and_one = min(num_microbatches, stages - number + 1)  # with more, the same begins again
+    if parallel.virtual_stages > 1:
+        in_flight_and_one = min(num_microbatches, 2 * stages)  # of its schedule that many reach the steady state
+    sharers = num_ranks // parallel.ranks_of_a_model if parallel.use_distributed_optimizer else 1
     for mode in MODES:
         config = dataclasses.replace(config, parallel=dataclasses.replace(parallel, recompute_granularity=mode))
         rank = number * (num_ranks // stages)
-        with mcore.simulated_rank(rank, num_ranks, tensor, stages), without_memory(), _loss_as_on_this_machine():
+        world = mcore.simulated_rank(rank, num_ranks, tensor, stages, virtual_stages=parallel.virtual_stages)
+        with world, without_memory(), _loss_as_on_this_machine():
             with LiveBytes() as live:
                 model = make_model(config, vocab_size, chunk_length)
-            inner, parameters = mcore.unwrap(model), _num_parameters(model)
+            inner, parameters = mcore.unwrap_all(model), _num_parameters(model)
             weights = sum(parameter.nbytes for parameter in model.parameters())
             gradients = live.now - weights
             steps[mode] = run_step(config, model, live, in_flight_and_one, chunk_length)
             rows = boundary_length(model, dearest_batch(config, chunk_length))
-    row_bytes = config.optimization.micro_batch_size * config.model.hidden_size * inner.config.pipeline_dtype.itemsize
+    row_bytes = (
+        config.optimization.micro_batch_size * config.model.hidden_size * inner[0].config.pipeline_dtype.itemsize
+    )
     return Stage(
-        tuple(layer.number for layer in inner.decoder.layers),
-        inner.decoder.encoder is not None,
+        tuple(layer.number for part in inner for layer in part.decoder.layers),
+        any(part.decoder.encoder is not None for part in inner),
         parameters,
         weights,
         gradients,
-        (12 if parallel.bf16 else 8) * parameters,  # Adam's two moments, and the main weights beside those in bf16
+        # Adam's two moments, and the main weights beside those in bf16
+        (12 if parallel.bf16 else 8) * -(-parameters // sharers),
         rows * row_bytes // (tensor if parallel.sequence_parallel else 1),
         steps,
     )
@@ -291,7 +301,7 @@ def _run(config: PretrainConfig, plan: Plan) -> str:
 def _memory(plan: Plan) -> list[str]:
     rows = [["stage", "layers", "parameters", "weights", "gradients", "optimizer", *_BY_MODE, "activations", "peak"]]
     for number, stage in enumerate(plan.stages):
-        layers = f"{stage.layers[0]}-{stage.layers[-1]}" + (" + encoder" if stage.has_encoder else "")
+        layers = _ranges(stage.layers) + (" + encoder" if stage.has_encoder else "")
         sizes = (_gib(size) for size in (stage.weights, stage.gradients, stage.optimizer))
         row = [str(number), layers, f"{stage.parameters / 1e6:,.1f}M", *sizes]
         for mode, step in stage.steps.items():
@@ -310,6 +320,13 @@ def _speed(config: PretrainConfig, plan: Plan, rate: float) -> list[str]:
         rows.append([mode or "none", f"{bound:,.0f}", f"{bound * _REACHED:,.0f}"])
     rate_here = f"{where}: {rate / 1e12:,.3g} TFLOP/s in a matrix product"
     return [f"tokens/s on {_number(ranks, 'rank')} like this ({rate_here})", *_aligned(rows)]
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """(1, 2, 5, 6) as "1-2,5-6"."""
+    first = [number for number in numbers if number - 1 not in numbers]
+    last = [number for number in numbers if number + 1 not in numbers]
+    return ",".join(f"{begin}-{end}" for begin, end in zip(first, last, strict=True))
 
 
 def _number(count: int, what: str, plural: str = "s") -> str:
