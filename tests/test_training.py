@@ -109,6 +109,10 @@ def test_resumed_at_other_layouts(small_work: pathlib.Path, tmp_path: pathlib.Pa
     for key in ("lm_loss", "grad_norm", "valid_loss_on", "valid_loss_off"):
         expected = {number: value for number, value in metrics(no_dropout, key).items() if number > SAVED}
         assert metrics(save, key) == pytest.approx(expected, rel=1e-5)
+    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    for line in [line for line in lines if "lm_loss" in line]:
+        assert_speed(line)
+        assert line["communication_share"] > 0
     evaluated = json.loads((tmp_path / "loss.json").read_text())["retrieval"]["on"]["loss"]
     assert evaluated == pytest.approx(metrics(no_dropout, "valid_loss_on")[SAVED + 2], rel=1e-5)
     assert "stages of 1+1+1+1 layers, the dearest rank 1." in texts[1] and "MB between stages; " in texts[1]
