@@ -67,17 +67,19 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _loss(logits_txV: Tensor, labels_t: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """(loss [t], mask [t] -> gradient of the masked sum by the logits, written over them)."""
-    wide_txV = logits_txV.float()
-    labels_t = labels_t - parallel_state.get_tensor_model_parallel_rank() * wide_txV.shape[1]
-    here_t = (labels_t >= 0) & (labels_t < wide_txV.shape[1])
+    labels_t = labels_t - parallel_state.get_tensor_model_parallel_rank() * logits_txV.shape[1]
+    here_t = (labels_t >= 0) & (labels_t < logits_txV.shape[1])
     label_tx1 = torch.where(here_t, labels_t, 0)[:, None]
-    of_label_t = wide_txV.gather(1, label_tx1)[:, 0] * here_t
-    normalizer_t, of_label_t = _over_ranks(torch.logsumexp(wide_txV, 1), of_label_t)
+    of_label_t = logits_txV.gather(1, label_tx1)[:, 0].float() * here_t
+    softmax_txV = torch.softmax(logits_txV, 1, torch.float32)
+    own_normalizer_t = logits_txV.amax(1).float() - softmax_txV.amax(1).log()  # of this rank's part of the vocabulary
+    normalizer_t, of_label_t = _over_ranks(own_normalizer_t, of_label_t)
 
     def gradient(loss_mask_t: Tensor) -> Tensor:
-        softmax_txV = wide_txV.sub_(normalizer_t[:, None]).exp_()
-        softmax_txV.scatter_add_(1, label_tx1, -here_t[:, None].float()).mul_(loss_mask_t[:, None])
-        return logits_txV.copy_(softmax_txV)
+        share_t = (own_normalizer_t - normalizer_t).exp()
+        torch.mul(softmax_txV, (share_t * loss_mask_t)[:, None], out=logits_txV)
+        minus_one_tx1 = (-loss_mask_t * here_t)[:, None].to(logits_txV.dtype)
+        return logits_txV.scatter_add_(1, label_tx1, minus_one_tx1)
 
     return normalizer_t - of_label_t, gradient
 
