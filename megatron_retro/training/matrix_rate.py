@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-_SECONDS = 0.3  # what a measurement takes at least, unless five products are made before
+_SECONDS = 0.3  # after which a measurement ends, or after five
 
 
 def matrix_product(dtype: torch.dtype) -> tuple[Callable[[], None], float]:
     """(a square matrix product large enough to run at this device's rate, its FLOPs)."""
     gpu = torch.cuda.is_available()
-    size, times = (8192, 4) if gpu else (1024, 1)
+    size, times = (8192, 4) if gpu else (1024, 8)
     a, b = (torch.randn(size, size, dtype=dtype, device="cuda" if gpu else "cpu") for _ in range(2))
 
     def multiply() -> None:
