@@ -32,11 +32,14 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv > "$out/dev
 python3 -c 'import torch; print("torch", torch.__version__)' >> "$out/device.txt"
 
 status=0
-timeout 200 python3 -m pytest -m gpu -q -o addopts= tests 2>&1 | tee "$out/tests.log" || status=$?
+timeout 240 python3 -m pytest -m gpu -q -o addopts= tests 2>&1 | tee "$out/tests.log" || status=$?
 [ $# -gt 0 ] || set -- 172m 425m 1.5b
 for preset; do
-  timeout 150 python3 benchmarks/train_step.py --preset "$preset" --dtype bf16 | tee -a "$out/steps.jsonl" || status=$?
-  timeout 60 python3 benchmarks/profile_step.py --preset "$preset" --dtype bf16 | tee -a "$out/profile.jsonl" || status=$?
+  models=(gpt retro)
+  [ "$preset" != 172m ] || models+=(plain)
+  what=(--preset "$preset" --dtype bf16)
+  timeout 240 python3 benchmarks/train_step.py "${what[@]}" --model "${models[@]}" | tee -a "$out/steps.jsonl" || status=$?
+  timeout 120 python3 benchmarks/profile_step.py "${what[@]}" | tee -a "$out/profile.jsonl" || status=$?
 done
 rm -rf "$out/packages"
 exit "$status"

@@ -55,6 +55,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.utils import local_multi_tensor_l2_norm
 
 from megatron_retro import mcore_optimizer
 from megatron_retro.mcore_cpu import TypeNamesMode, redirect_to_cpu
@@ -366,7 +367,7 @@ def _clip_at_once() -> None:
 
     It would wait for the device at every tensor, and make a second copy of the gradients.
     """
-    if clip_grads.l2_norm_impl.__module__.startswith("megatron.core"):
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = _norm_of_all
         clip_grads.multi_tensor_scale_impl = _scale_all
 
