@@ -198,7 +198,7 @@ def make(case: Case) -> tuple[Step, int]:
 def make_product(case: Case) -> tuple[Step, int]:
     """What the loop of `megatron_retro.training.loop.train` does once, learning rate and log aside."""
     from megatron_retro import mcore  # here: the plain model's process shall not import it
-    from megatron_retro.training.loop import make_model_and_optimizer, means, train_step
+    from megatron_retro.training.step import make_model_and_optimizer, means, train_step
 
     if not mcore.parallel_state.model_parallel_is_initialized():
         mcore.initialize()
@@ -276,7 +276,7 @@ def memory(case: Case) -> dict[str, float]:
         step(), step()
         return {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3)}
     if case.model != "plain":
-        import megatron_retro.training.loop  # noqa: F401
+        import megatron_retro.training.step  # noqa: F401
     start = resident("VmRSS")
     step, _ = make(case)
     step(), step()

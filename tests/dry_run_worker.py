@@ -18,7 +18,7 @@ from megatron_retro.config.flags import parse
 from megatron_retro.config.training import PretrainConfig
 from megatron_retro.training.dry_run import Stage, dearest_batch, plan, run_step
 from megatron_retro.training.live_bytes import LiveBytes
-from megatron_retro.training.loop import make_model, make_model_and_optimizer, train_step
+from megatron_retro.training.step import make_model, make_model_and_optimizer, train_step
 
 VOCAB, CHUNK = 1024, 32
 MMAP_THRESHOLD = -3  # of mallopt

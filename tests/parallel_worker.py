@@ -23,7 +23,7 @@ from megatron_retro.data.samples import Samples
 from megatron_retro.model.attention import CrossAttention
 from megatron_retro.model.model import make_stages
 from megatron_retro.training.evaluation import sample_losses
-from megatron_retro.training.loop import means, train_step
+from megatron_retro.training.step import means, train_step
 
 CHUNK, CHUNKS_A_SAMPLE, VOCAB, STEPS, GLOBAL_BATCH = 8, 4, 128, 5, 8
 SPLIT = (1.0, 0.0, 0.0)

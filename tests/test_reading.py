@@ -9,7 +9,7 @@ from megatron_retro.data.chunks import ChunkTable, Corpus
 from megatron_retro.data.samples import Samples
 from megatron_retro.model.model import RetroModel
 from megatron_retro.training.evaluation import sample_losses
-from megatron_retro.training.loop import train_step
+from megatron_retro.training.step import train_step
 
 CHUNK, CHUNKS, VOCAB, STEPS, BATCH = 8, 8, 32, 70, 16
 

@@ -28,8 +28,8 @@ from megatron_retro.training.data import (
 )
 from megatron_retro.training.evaluation import boundary_length, forward_step
 from megatron_retro.training.live_bytes import LiveBytes, without_memory
-from megatron_retro.training.loop import make_model
 from megatron_retro.training.matrix_rate import matrix_rate
+from megatron_retro.training.step import make_model
 
 MODES = (None, "selective", "full")  # of --recompute-granularity
 _REACHED = 0.6  # of the matrix rate, by a good run

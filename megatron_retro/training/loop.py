@@ -1,11 +1,9 @@
 """The training run, from flags to last checkpoint, read from top to bottom."""
 
 import functools
-import itertools
 import pathlib
 import signal
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,17 +13,18 @@ import torch.distributed as dist
 from megatron_retro import distributed, mcore
 from megatron_retro.config import flags
 from megatron_retro.config.training import PretrainConfig
-from megatron_retro.data.samples import Batch, Samples
+from megatron_retro.data.samples import Samples
 from megatron_retro.errors import UserError
 from megatron_retro.model.flops import multiply_adds
-from megatron_retro.model.model import make_stages, padded_vocab_size
+from megatron_retro.model.model import padded_vocab_size
 from megatron_retro.training import checkpoint
 from megatron_retro.training.data import TrainingData, check_split
-from megatron_retro.training.evaluation import boundary_length, forward_step, sample_losses
+from megatron_retro.training.evaluation import sample_losses
 from megatron_retro.training.log import RunLog
 from megatron_retro.training.matrix_rate import matrix_rate
 from megatron_retro.training.prefetch import BatchSource, Prefetched
-from megatron_retro.training.timing import DATA, FORWARD_BACKWARD, OPTIMIZER, PHASES, StepClock
+from megatron_retro.training.step import make_model_and_optimizer, means, microbatches, train_step
+from megatron_retro.training.timing import StepClock, speed_figures
 from megatron_retro.workdir import check_writable
 
 
@@ -144,7 +143,7 @@ def train(config: PretrainConfig) -> None:
             tokens = (iteration - logged_iteration) * optimization.global_batch_size * config.model.seq_length
             loss, reading = means(reports)
             flops = multiply_adds(config.model, config.active_retro, **shape, reading=reading).training_flops
-            speed = _speed(clock, tokens, flops, best_rate)
+            speed = speed_figures(clock, tokens, flops, best_rate)
             log.step(
                 iteration,
                 tokens / speed["tokens_per_second"] / (iteration - logged_iteration),
@@ -169,87 +168,6 @@ def train(config: PretrainConfig) -> None:
     mcore.shut_down()
 
 
-def make_model_and_optimizer(
-    config: PretrainConfig, vocab_size: int, chunk_length: int
-) -> tuple[mcore.ModelChunks, Any]:
-    """This rank's part of the model with its initial weights, and what updates it.
-
-    Args:
-        config: finished, with data.
-        vocab_size: padded vocabulary.
-        chunk_length: C.
-    """
-    optimization = config.optimization
-    model = make_model(config, vocab_size, chunk_length)
-    optimizer = mcore.build_optimizer(
-        model,
-        lr=optimization.lr,
-        min_lr=optimization.min_lr,
-        weight_decay=optimization.weight_decay,
-        adam_beta1=optimization.adam_beta1,
-        adam_beta2=optimization.adam_beta2,
-        adam_eps=optimization.adam_eps,
-        clip_grad=optimization.clip_grad,
-    )
-    return model, optimizer
-
-
-def make_model(config: PretrainConfig, vocab_size: int, chunk_length: int) -> mcore.ModelChunks:
-    """This rank's part of the model, as `make_model_and_optimizer`."""
-    parallel = config.parallel
-    return mcore.wrap_for_training(
-        *make_stages(config.model, config.active_retro, parallel, vocab_size, chunk_length, config.data.seed),
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        grad_reduce_in_bf16=parallel.grad_reduce_in_bf16,
-    )
-
-
-def train_step(
-    model: mcore.ModelChunks,
-    optimizer: Any,
-    samples: BatchSource,
-    ids: np.ndarray,
-    micro_batch_size: int,
-    clock: StepClock | None = None,
-) -> tuple[list[dict[str, Any]], float]:
-    """One update on the samples `ids` of the global batch; returns (reports on the last stage, gradient norm)."""
-    mine, clock = _microbatches(ids, micro_batch_size), clock or StepClock()
-    with clock.step():
-        batches = _batches(samples, mine, clock)
-        first = next(batches)
-        with clock.phase(FORWARD_BACKWARD):
-            model.train()
-            model.zero_grad_buffer()
-            optimizer.zero_grad()
-            reports = mcore.run_pipeline(
-                forward_step,
-                itertools.chain([first], batches),
-                model,
-                num_microbatches=len(mine),
-                seq_length=boundary_length(model, first),
-                micro_batch_size=micro_batch_size,
-                forward_only=False,
-            )
-        with clock.phase(OPTIMIZER):
-            _, grad_norm = mcore.optimizer_step(optimizer)
-    return reports, grad_norm
-
-
-def _microbatches(ids: np.ndarray, micro_batch_size: int) -> np.ndarray:
-    """This rank's share [microbatches, B] of the samples of a global batch."""
-    ranks = mcore.parallel_state.get_data_parallel_world_size()
-    return ids.reshape(-1, ranks, micro_batch_size)[:, mcore.parallel_state.get_data_parallel_rank()]
-
-
-def _batches(samples: BatchSource, ids_of_each: np.ndarray, clock: StepClock) -> Iterator[Batch]:
-    for ids in ids_of_each:
-        with clock.phase(DATA):
-            batch = samples.batch(ids)
-        yield batch
-
-
 def _read_ahead(config: PretrainConfig, samples: Samples, iteration: int, consumed_samples: int) -> BatchSource:
     """`samples`, or where --num-workers asks for it, by default on a GPU, what is left of them read ahead."""
     optimization, num_workers = config.optimization, config.data.num_workers
@@ -262,46 +180,9 @@ def _read_ahead(config: PretrainConfig, samples: Samples, iteration: int, consum
     order = (
         ids
         for step in range(left)
-        for ids in _microbatches(consumed_samples + step * size + np.arange(size), optimization.micro_batch_size)
+        for ids in microbatches(consumed_samples + step * size + np.arange(size), optimization.micro_batch_size)
     )
     return Prefetched(samples, order, num_workers)
-
-
-def means(reports: list[dict[str, Any]]) -> tuple[float, float]:
-    """(loss in nats a predicted token, share of chunks that read neighbors) of the global batch, on every rank.
-
-    It waits for the device.
-    """
-    sums = torch.zeros(4, dtype=torch.float64, device=mcore.device())
-    if mcore.parallel_state.get_tensor_model_parallel_rank() == 0:
-        for report in reports:
-            sums[:2] += torch.stack([report["loss"].double().sum(), report["tokens"].double().sum()])
-            sums[2] += report["reading"]
-            sums[3] += 1
-    dist.all_reduce(sums)
-    loss, tokens, reading, number = sums.tolist()
-    return loss / max(1.0, tokens), reading / number
-
-
-def _speed(clock: StepClock, tokens: int, flops_a_token: float, best_rate: float) -> dict[str, float]:
-    """Figures of the run's speed since this was called before, means over its ranks.
-
-    Args:
-        tokens: that all ranks together trained on since then.
-        best_rate: FLOP/s of a matrix product on this rank.
-    """
-    seconds = clock.take()
-    mean = torch.tensor([*(seconds[phase] for phase in PHASES), sum(seconds.values()), best_rate], dtype=torch.float64)
-    mean = mean.to(mcore.device())
-    dist.all_reduce(mean)
-    *of_phases, total, rate = (mean / dist.get_world_size()).tolist()
-    reached = tokens * flops_a_token / dist.get_world_size() / total
-    return {
-        "tokens_per_second": tokens / total,
-        "model_tflops_per_second": reached / 1e12,
-        "matmul_share": reached / rate,
-        **{f"{phase}_share": of_phase / total for phase, of_phase in zip(PHASES, of_phases, strict=True)},
-    }
 
 
 def _samples(config: PretrainConfig, data: TrainingData, split: str, num_samples: int | None) -> Samples:

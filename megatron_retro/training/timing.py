@@ -75,6 +75,27 @@ class StepClock:
                 self._seconds[phase] += begin.elapsed_time(end) / 1e3 if self._gpu else end - begin
 
 
+def speed_figures(clock: StepClock, tokens: int, flops_a_token: float, best_rate: float) -> dict[str, float]:
+    """Figures of the run's speed since this was called before, means over its ranks.
+
+    Args:
+        tokens: that all ranks together trained on since then.
+        best_rate: FLOP/s of a matrix product on this rank.
+    """
+    seconds = clock.take()
+    mean = torch.tensor([*(seconds[phase] for phase in PHASES), sum(seconds.values()), best_rate], dtype=torch.float64)
+    mean = mean.to(mcore.device())
+    dist.all_reduce(mean)
+    *of_phases, total, rate = (mean / dist.get_world_size()).tolist()
+    reached = tokens * flops_a_token / dist.get_world_size() / total
+    return {
+        "tokens_per_second": tokens / total,
+        "model_tflops_per_second": reached / 1e12,
+        "matmul_share": reached / rate,
+        **{f"{phase}_share": of_phase / total for phase, of_phase in zip(PHASES, of_phases, strict=True)},
+    }
+
+
 @contextlib.contextmanager
 def _observed_collectives(around: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
     """Run a block in which each collective, send and receive, and each wait for one, runs inside `around()`."""
