@@ -81,6 +81,7 @@ __all__ = [
     "TransformerConfig",
     "add_residual",
     "checkpoint",
+    "fused_attention",
     "get_cuda_rng_tracker",
     "one_kernel",
     "parallel_state",
@@ -235,6 +236,35 @@ def one_kernel(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 @functools.cache
 def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return torch.compile(function, fullgraph=True, dynamic=True)
+
+
+def fused_attention(
+    q_NxHxSxE: torch.Tensor,
+    k_NxGxTxE: torch.Tensor,
+    v_NxGxTxE: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    causal: bool,
+    dropout: float,
+) -> torch.Tensor:
+    """torch's fused attention [N, H, S, E]; heads may share G groups of keys and values.
+
+    On a CPU the backward pass that is not causal takes twice as long in bf16 as in fp32: there it computes in fp32, but
+    for the single positions of generation.
+    """
+    dtype, num_positions = q_NxHxSxE.dtype, q_NxHxSxE.shape[2]
+    if dtype == torch.bfloat16 and not q_NxHxSxE.is_cuda and not causal and num_positions > 1:
+        q_NxHxSxE, k_NxGxTxE, v_NxGxTxE = q_NxHxSxE.float(), k_NxGxTxE.float(), v_NxGxTxE.float()
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q_NxHxSxE,
+        k_NxGxTxE,
+        v_NxGxTxE,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal,
+        enable_gqa=q_NxHxSxE.shape[1] != k_NxGxTxE.shape[1],
+    )
+    return out.to(dtype)
 
 
 def add_residual(

@@ -22,6 +22,7 @@ from megatron_retro.mcore import (
     MegatronModule,
     RowParallelLinear,
     TransformerConfig,
+    fused_attention,
     get_cuda_rng_tracker,
     one_kernel,
     parallel_state,
@@ -46,11 +47,8 @@ def attend(
         dropout: of the attention weights; heads are sharded, so each tensor-parallel rank draws its own.
     """
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SxNxHxE, k_TxNxGxE, v_TxNxGxE))
-    grouped = q.shape[1] != k.shape[1]
     with get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, enable_gqa=grouped
-        )
+        out = fused_attention(q, k, v, mask=mask, causal=causal and mask is None, dropout=dropout)
     return out.permute(2, 0, 1, 3)
 
 
