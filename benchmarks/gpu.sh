@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of about ten minutes: the tests marked `gpu`, then for each preset in bf16 time,
+# Everything that needs a GPU, in one call of a quarter of an hour at most: the tests marked `gpu`, then for each preset in bf16 time,
 # arithmetic, memory and a profile by class of kernel.
 #
 #   benchmarks/gpu.sh OUT [PRESET…]     on the machine with the GPU; presets: 172m 425m 1.5b

@@ -27,10 +27,11 @@ CLASSES = {
     "matrix products": r"gemm|cutlass|nvjet|xmma|aten::(add)?b?mm",
     "optimizer": r"adam|multi_tensor|_foreach|linalg_vector_norm",
     "norms": r"layer_norm|rms_norm|layernorm|GammaBeta",
-    "loss": r"softmax|logsumexp|scatter|gather|aten::exp|aten::sub_|amax|aten::max",
-    "embedding": r"embedding|index",
-    "copies": r"copy|memcpy|memset|fill|zero|cat",
-    "element-wise": r"elementwise|triton|reduce_kernel|aten::(add|mul|gelu|silu|sum|neg|bitwise|where)",
+    "element-wise": r"triton|aten::(add|mul|sub|gelu|silu|sum|neg|bitwise|where)",
+    "embedding": r"embedding|index|vectorized_gather",
+    "loss": r"softmax|scatter|gather|MaxNan|amax",
+    "copies": r"copy|memcpy|memset|fill|zero|CatArray|aten::cat",
+    "other element-wise": r"elementwise|reduce_kernel",
 }
 
 

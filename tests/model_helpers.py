@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_retro import mcore
-from megatron_retro.config.model import ModelConfig, ParallelConfig, RetroConfig
+from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.parallel import TrainingParallelConfig
 from megatron_retro.model.attention import ChunkedCrossAttention, EncoderCrossAttention
 from megatron_retro.model.encoder import RetroEncoder
 from megatron_retro.model.layer import Layer, Norm
@@ -58,7 +59,7 @@ def make_model(
     """A model of `make_configs` with its initial weights; unless `silent`, with what it reads heard from the start."""
     initialize()
     model, neighbors = make_configs(retro=retro, **flags)
-    parallel = ParallelConfig(bf16=bf16, recompute_granularity=recompute_granularity)
+    parallel = TrainingParallelConfig(bf16=bf16, recompute_granularity=recompute_granularity)
     parallel.finish(1, model, neighbors)
     made = RetroModel(model, neighbors, parallel, vocab_size=V, chunk_length=C, seed=seed)
     generator = torch.Generator().manual_seed(seed)

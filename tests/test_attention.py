@@ -121,9 +121,12 @@ def test_attend_equals_loops(groups):
     mask_NxSxT[..., 0] = True
     masked = attend(q_SxNxHxE, k_TxNxGxE, v_TxNxGxE, mask=mask_NxSxT[:, None])
     causal = attend(q_SxNxHxE, k_TxNxGxE[:11], v_TxNxGxE[:11], causal=True)
+    alike = attend(q_SxNxHxE, k_TxNxGxE, v_TxNxGxE, mask=mask_NxSxT[:, None, :1])  # for all queries
     for n in range(B):
         q, k, v = q_SxNxHxE[:, n], k_TxNxGxE[:, n], v_TxNxGxE[:, n]
         torch.testing.assert_close(masked[:, n].flatten(1), naive_attention(q, k, v, mask_NxSxT[n]), **CLOSE)
+        expected = naive_attention(q, k, v, mask_NxSxT[n, :1].expand(11, -1))
+        torch.testing.assert_close(alike[:, n].flatten(1), expected, **CLOSE)
         seen = torch.ones(11, 11).tril().bool()
         torch.testing.assert_close(causal[:, n].flatten(1), naive_attention(q, k[:11], v[:11], seen), **CLOSE)
 

@@ -17,7 +17,9 @@ class RetroConfig:
     retro_work_dir: str | None = flag(None, "work dir that tools/preprocess_retro_data.py built")
     retro_num_neighbors: int = flag(2, "neighbors read by each chunk (K)")
     retro_layers: str | None = flag(
-        None, "decoder layers with cross-attention, from 1", show="every third from 6, or from 9 above 15 layers"
+        None,
+        "decoder layers with cross-attention, from 1, like 6,9,12",
+        show="every third from 6, or from 9 above 15 layers",
     )
     retro_encoder_layers: int = flag(2, "layers of the neighbor encoder")
     retro_encoder_hidden_size: int | None = flag(None, "width of the neighbor encoder", show="--hidden-size")
@@ -147,11 +149,6 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = flag(1, "ranks that share out the layers (PP)")
     sequence_parallel: bool = flag(False, "shard activations between the tensor-parallel parts along the sequence")
     bf16: bool = flag(False, "train in bfloat16 with fp32 main weights; without it fp32")
-    recompute_granularity: str | None = flag(
-        None,
-        "save memory by computing again in the backward pass: selective (norms, activation functions) or full (layers)",
-        choices=("selective", "full"),
-    )
     distributed_timeout_minutes: int = flag(10, "minutes until a rank gives up waiting for another")
 
     def finish(self, world_size: int, model: ModelConfig, retro: RetroConfig | None) -> None:
@@ -193,6 +190,11 @@ class ParallelConfig:
     def virtual_stages(self) -> int:
         """Stages that each pipeline rank holds (VPP)."""
         return 1
+
+    @property
+    def recompute_granularity(self) -> str | None:
+        """What the backward pass makes again; None for nothing."""
+        return None
 
     @property
     def given_stage_layers(self) -> tuple[int, ...] | None:

@@ -26,6 +26,12 @@ class TrainingParallelConfig(ParallelConfig):
     )
     grad_reduce_in_bf16: bool = flag(False, "with --bf16: accumulate and sum gradients in bfloat16, not in fp32")
 
+    recompute_granularity: str | None = flag(
+        None,
+        "save memory by computing again in the backward pass: selective (norms, activation functions) or full (layers)",
+        choices=("selective", "full"),
+    )
+
     def finish(self, world_size: int, model: ModelConfig, retro: RetroConfig | None) -> None:
         """As `ParallelConfig.finish`; fills in the number of virtual stages."""
         if self.context_parallel_size != 1:

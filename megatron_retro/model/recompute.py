@@ -50,6 +50,6 @@ class Recompute:
             yield
 
 
-def _place(x: Tensor) -> tuple[int, int, int]:
-    """Where a tensor lies, also one without data: (memory, offset, number of elements)."""
-    return x.untyped_storage()._cdata, int(x.storage_offset()), x.numel()
+def _place(x: Tensor) -> tuple[int, int, int, bool]:
+    """Where a tensor lies, also one without data: (memory, offset, number of elements, whether in their order)."""
+    return x.untyped_storage()._cdata, int(x.storage_offset()), x.numel(), x.is_contiguous()
