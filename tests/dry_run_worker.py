@@ -8,6 +8,7 @@ Prints a JSON line: of a rank, planned beside found.
 
 import ctypes
 import json
+import os
 import pathlib
 import sys
 
@@ -90,6 +91,7 @@ def resident(field: str) -> int:
 if __name__ == "__main__":
     what, *flags = sys.argv[1:]
     config = finished(flags)
-    print(json.dumps(count_tensors(config) if what == "tensors" else measure_process(config)), flush=True)
+    line = json.dumps(count_tensors(config) if what == "tensors" else measure_process(config))
+    os.write(1, f"{line}\n".encode())  # at once: the ranks write into one file
     if dist.is_initialized():
         dist.barrier()
