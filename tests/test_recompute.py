@@ -1,37 +1,16 @@
 """Recomputation changes what is kept, and not one bit of what comes out."""
 
-import weakref
-
 import pytest
 import torch
 from model_helpers import make_model, make_neighbors, make_tokens
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_retro import mcore
 from megatron_retro.model.model import RetroModel
 from megatron_retro.model.recompute import Recompute
+from megatron_retro.training.live_bytes import LiveBytes
 
 DROPOUT = dict(hidden_dropout=0.1, attention_dropout=0.1)
 LLAMA = dict(normalization="RMSNorm", swiglu=True, disable_bias_linear=True)
-
-
-class Alive(TorchDispatchMode):
-    """Counts the bytes of what was made under it and is still there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._storages: dict[int, tuple[weakref.ref, int]] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for made in result if isinstance(result, tuple) else (result,):
-            if isinstance(made, torch.Tensor):
-                storage = made.untyped_storage()
-                self._storages[storage._cdata] = weakref.ref(storage), storage.nbytes()
-        return result
-
-    def bytes(self) -> int:
-        return sum(size for storage, size in self._storages.values() if storage() is not None)
 
 
 def run(granularity: str | None, **flags: object) -> tuple[int, list[torch.Tensor]]:
@@ -39,11 +18,11 @@ def run(granularity: str | None, **flags: object) -> tuple[int, list[torch.Tenso
     model = make_model(recompute_granularity=granularity, **flags)
     neighbors, lengths = make_neighbors()
     mcore.reseed(1)
-    with Alive() as alive:
+    with LiveBytes() as live:
         loss, _ = model(
             make_tokens(), make_tokens(seed=4), neighbor_tokens_BxLxKxR=neighbors, neighbor_lengths_BxLxK=lengths
         )
-    kept = alive.bytes()
+    kept = live.now
     loss.backward()
     return kept, [loss, *(weight.grad for weight in model.parameters())]
 

@@ -25,7 +25,6 @@ class TrainingParallelConfig(ParallelConfig):
         False, "gather updated weights while forward goes on; needs --use-distributed-optimizer"
     )
     grad_reduce_in_bf16: bool = flag(False, "with --bf16: accumulate and sum gradients in bfloat16, not in fp32")
-
     recompute_granularity: str | None = flag(
         None,
         "save memory by computing again in the backward pass: selective (norms, activation functions) or full (layers)",

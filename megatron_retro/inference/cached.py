@@ -255,19 +255,13 @@ class CachedModel:
         if self._model.pre_process:
             return self._model.embedding(tokens_BxT, positions.expand_as(tokens_BxT)), None
         assert received is not None
-        return unpack(received, tokens_BxT.shape[1], self._encoded_shape(neighbors))
+        return unpack(received, tokens_BxT.shape[1], self._model.encoded_shape(neighbors))
 
     def _leave(self, x_TxBxD: Tensor, encoded: Tensor | None, neighbors: Neighbors | None) -> Tensor:
         return pack(x_TxBxD, encoded, self._encoded_rows(neighbors, x_TxBxD.shape[1]))
 
-    def _encoded_shape(self, neighbors: Neighbors | None) -> tuple[int, int, int] | None:
-        if neighbors is None or self._model.retrieved_shape is None:
-            return None
-        length, width = self._model.retrieved_shape
-        return length, len(neighbors.tokens_KMxR), width
-
     def _encoded_rows(self, neighbors: Neighbors | None, num_samples: int) -> int:
-        shape = self._encoded_shape(neighbors)
+        shape = self._model.encoded_shape(neighbors)
         return boundary_rows(shape, num_samples, self._model.config.hidden_size) if shape else 0
 
     def _logits(self, x_1xBxD: Tensor) -> Tensor:

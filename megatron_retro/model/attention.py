@@ -54,24 +54,24 @@ def attend(
 
 def rotate(x_TxNxHxE: Tensor, angles_TxNx1xE: Tensor) -> Tensor:
     """Rotary positions (arXiv 2104.09864, eq. 34, halves in place of pairs); angles may have N = 1."""
-    half = angles_TxNx1xE[..., : angles_TxNx1xE.shape[-1] // 2]
-    return _Rotation.apply(x_TxNxHxE, half.cos().to(x_TxNxHxE.dtype), half.sin().to(x_TxNxHxE.dtype))
+    return _Rotation.apply(x_TxNxHxE, angles_TxNx1xE[..., : angles_TxNx1xE.shape[-1] // 2])
 
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(cosine, sine)
-        return _rotated(x, cosine, sine)
+    def forward(ctx: Any, x: Tensor, angle: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(angle)
+        return _rotated(x, angle)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        cosine, sine = ctx.saved_tensors
-        return _rotated(gradient, cosine, -sine), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (angle,) = ctx.saved_tensors
+        return _rotated(gradient, -angle), None
 
 
 @one_kernel
-def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def _rotated(x: Tensor, angle: Tensor) -> Tensor:
+    cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, -1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
 

@@ -135,7 +135,8 @@ class RetroModel(LanguageModule):
             x_SxBxD = self.embedding(tokens_BxS, positions)
         else:
             assert self.input_tensor is not None
-            x_SxBxD, encoded = unpack(self.input_tensor, *self._boundary(num_positions, neighbors))
+            own_positions = num_positions // self._sequence_parts
+            x_SxBxD, encoded = unpack(self.input_tensor, own_positions, self.encoded_shape(neighbors))
         x_SxBxD, encoded = self.decoder(
             x_SxBxD,
             num_positions=num_positions,
@@ -171,16 +172,12 @@ class RetroModel(LanguageModule):
         """The embedding's weight where the output layer shares it."""
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
 
-    def _boundary(self, num_positions: int, neighbors: Neighbors | None) -> tuple[int, tuple[int, int, int] | None]:
-        """(this rank's positions, this rank's shape of the encoder's output or None), for `unpack`."""
+    def encoded_shape(self, neighbors: Neighbors | None) -> tuple[int, int, int] | None:
+        """This rank's shape of the encoder's output; None with retrieval off."""
         if neighbors is None or self.retrieved_shape is None:
-            return num_positions // self._sequence_parts, None
+            return None
         length, width = self.retrieved_shape
-        return num_positions // self._sequence_parts, (
-            length // self._sequence_parts,
-            len(neighbors.tokens_KMxR),
-            width,
-        )
+        return length // self._sequence_parts, len(neighbors.tokens_KMxR), width
 
     def _encoded_rows(self, neighbors: Neighbors | None) -> int:
         """Rows for the encoder's output in this rank's part of the tensor between stages: of every batch as many."""

@@ -26,7 +26,7 @@ from megatron_retro.training.data import (
     open_work_dir,
     split_weights,
 )
-from megatron_retro.training.evaluation import boundary_length, forward_step
+from megatron_retro.training.evaluation import boundary_bytes, boundary_length, forward_step
 from megatron_retro.training.live_bytes import LiveBytes, without_memory
 from megatron_retro.training.matrix_rate import matrix_rate
 from megatron_retro.training.step import make_model
@@ -237,10 +237,7 @@ def _stage(
             weights = sum(parameter.nbytes for parameter in model.parameters())
             gradients = live.now - weights
             steps[mode] = run_step(config, model, live, in_flight_and_one, chunk_length)
-            rows = boundary_length(model, dearest_batch(config, chunk_length))
-    row_bytes = (
-        config.optimization.micro_batch_size * config.model.hidden_size * inner[0].config.pipeline_dtype.itemsize
-    )
+            boundary = boundary_bytes(model, dearest_batch(config, chunk_length))
     return Stage(
         tuple(layer.number for part in inner for layer in part.decoder.layers),
         any(part.decoder.encoder is not None for part in inner),
@@ -249,7 +246,7 @@ def _stage(
         gradients,
         # Adam's two moments, and the main weights beside those in bf16
         (12 if parallel.bf16 else 8) * -(-parameters // sharers),
-        rows * row_bytes // (tensor if parallel.sequence_parallel else 1),
+        boundary // (tensor if parallel.sequence_parallel else 1),
         steps,
     )
 

@@ -117,10 +117,21 @@ def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tens
 
 def boundary_length(model: torch.nn.Module, batch: Batch) -> int:
     """Rows of the tensor between pipeline stages for this batch."""
-    num_chunks = num_neighbors = 0
-    if batch.neighbor_lengths_BxLxK is not None:
-        _, num_chunks, num_neighbors = batch.neighbor_lengths_BxLxK.shape
-    return mcore.unwrap(model).boundary_length(batch.tokens_BxS.shape[1], num_chunks, num_neighbors)
+    return mcore.unwrap(model).boundary_length(batch.tokens_BxS.shape[1], *_chunks_and_neighbors(batch))
+
+
+def boundary_bytes(model: torch.nn.Module, batch: Batch) -> int:
+    """Bytes of that tensor, over all sequence-parallel parts."""
+    num_samples, num_positions = batch.tokens_BxS.shape
+    return mcore.unwrap(model).boundary_bytes(num_positions, num_samples, *_chunks_and_neighbors(batch))
+
+
+def _chunks_and_neighbors(batch: Batch) -> tuple[int, int]:
+    """(L, K), zeros with retrieval off."""
+    if batch.neighbor_lengths_BxLxK is None:
+        return 0, 0
+    _, num_chunks, num_neighbors = batch.neighbor_lengths_BxLxK.shape
+    return num_chunks, num_neighbors
 
 
 def _loss_of(losses: tuple[Tensor, Tensor], batch: Batch) -> tuple[Tensor, Tensor, dict[str, Any]]:
