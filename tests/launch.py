@@ -18,8 +18,9 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SECONDS = 300  # a program may take
 
-# What takes the programs most of their start.
+# What takes the programs most of their start; `frozen` comes last.
 _IMPORTED = ["faiss", "sentence_transformers", "megatron_retro.evaluation.evaluate", "megatron_retro.retrieval.changes"]
+_IMPORTED += ["frozen"]
 
 
 def command(*arguments: object, ranks: int = 1) -> list[str]:
@@ -70,7 +71,8 @@ def _checked(text: str, code: int, expect: int) -> str:
 def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
-    with unittest.mock.patch.dict(os.environ, environment()):
+    paths = f"{ROOT}:{ROOT / 'tests'}"
+    with unittest.mock.patch.dict(os.environ, {**environment(), "PYTHONPATH": paths}):
         multiprocessing.forkserver.ensure_running()  # it imports now
     return context
 
