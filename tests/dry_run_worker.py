@@ -33,16 +33,17 @@ def finished(flags: list[str]) -> PretrainConfig:
     return config
 
 
-def planned(config: PretrainConfig) -> Stage:
-    """Of this rank."""
-    stages = plan(config, distributed.world_size(), VOCAB, CHUNK).stages
-    return stages[distributed.rank() * len(stages) // distributed.world_size()]
+def planned(config: PretrainConfig) -> tuple[Stage, ...]:
+    """All stages, on rank 0; planning takes a process that has not joined the others."""
+    return plan(config, distributed.world_size(), VOCAB, CHUNK).stages if distributed.rank() == 0 else ()
 
 
 def count_tensors(config: PretrainConfig) -> dict[str, list[float]]:
-    stage, parallel = planned(config), config.parallel
+    stages, parallel = planned(config), config.parallel
     sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     mcore.initialize(*sizes, virtual_stages=parallel.virtual_stages)
+    stages = distributed.all_gather(stages)[0]
+    stage = stages[distributed.rank() * len(stages) // distributed.world_size()]
     together = config.optimization.micro_batch_size * distributed.world_size() // parallel.ranks_of_a_model
     microbatches = config.optimization.global_batch_size // together
     of_model, found = stage.weights + stage.gradients, {}
@@ -63,7 +64,7 @@ def count_tensors(config: PretrainConfig) -> dict[str, list[float]]:
 def measure_process(config: PretrainConfig) -> dict[str, list[float]]:
     """Peak of two updates beyond a process that has made two tiny ones."""
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)  # what is freed goes back at once
-    stage = planned(config)
+    (stage,) = planned(config)
     mcore.initialize()
     train(finished(WARM_UP))
     start = resident("VmRSS")

@@ -24,7 +24,7 @@ VIRTUAL = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-ra
 LAYOUTS = {
     "one rank": (1, [*READS, "--bf16", "--normalization", "RMSNorm", "--swiglu", "--global-batch-size", "6"]),
     "tensor-parallel": (2, [*READS, "--bf16", "--tensor-model-parallel-size", "2", "--sequence-parallel"]),
-    "pipeline": (2, [*READS, "--pipeline-model-parallel-size", "2", "--global-batch-size", "10"]),
+    "pipeline": (2, [*READS, "--pipeline-model-parallel-size", "2", "--global-batch-size", "8"]),
     "interleaved": (2, [*READS, "--bf16", *VIRTUAL]),
     "sharded": (2, [*READS, "--bf16", "--use-distributed-optimizer"]),
 }
