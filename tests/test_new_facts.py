@@ -30,7 +30,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_answers_follow_the_database(tmp_path: pathlib.Path, small: None) -> None:
-    sizes = ["--people", "150", "--new-people", "40", "--train-iters", "300"]
+    sizes = ["--people", "150", "--new-people", "40", "--train-iters", "180"]
     shares = run.main(["--output", str(tmp_path), *sizes])
     new, without, changed, old, removed, gpt = shares.values()
     assert new > 0.7 and changed > 0.7
