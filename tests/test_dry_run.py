@@ -7,7 +7,7 @@ import shutil
 import sys
 
 import pytest
-from launch import ROOT, run, run_forked
+from launch import ROOT, run_forked
 
 from megatron_retro.config.flags import parse
 from megatron_retro.config.training import PretrainConfig
@@ -56,15 +56,16 @@ def test_planned_peak_is_that_of_the_process(flags: list[str]) -> None:
     assert planned == pytest.approx(measured, rel=0.1)
 
 
-def test_it_plans_many_ranks_from_the_manifest_alone(
-    small_work: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_plans_many_ranks_from_the_manifest_alone(small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:
     work, save = tmp_path / "work", tmp_path / "save"
     work.mkdir()
     shutil.copy(small_work / "manifest.json", work)
-    monkeypatch.setenv("WORLD_SIZE", "16")
+    sixteen = tmp_path / "of_sixteen.py"  # forks have the environment of the process that they come from
+    sixteen.write_text(
+        "import os, runpy\nos.environ['WORLD_SIZE'] = '16'\nrunpy.run_path('pretrain_retro.py', run_name='__main__')\n"
+    )
     layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --global-batch-size 16".split()
-    text = run("pretrain_retro.py", "--retro-work-dir", work, "--save", save, *SMALL, *READS, *layout, "--dry-run")
+    text = run_forked(sixteen, "--retro-work-dir", work, "--save", save, *SMALL, *READS, *layout, "--dry-run")
     assert "TP 2 × PP 2 × DP 4" in text and "tokens/s on 16 ranks" in text and "2 micro-batches" in text
     stages = re.findall(r"^ +\d +(\d-\d)(?: \+ encoder)? +([0-9.]+)M +.* ([0-9.]+)$", text, re.MULTILINE)
     assert [layers for layers, *_ in stages] == ["1-2", "3-4"]
