@@ -6,11 +6,10 @@ import json
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
+import launch
 import numpy as np
 import pytest
 from conftest import SMALL, build, write_jsonl
@@ -262,9 +261,10 @@ def test_an_output_that_cannot_be_written_ends_in_one_line(
 ) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "taken" / "index.html").mkdir(parents=True)
-    command = [sys.executable, "tools/inspect_retro_data.py", "--retro-work-dir", str(small_work)]
-    done = subprocess.run([*command, "--output", str(tmp_path / output)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "cannot be written to" in done.stderr and len(done.stderr.splitlines()) == 1
+    command = ["tools/inspect_retro_data.py", "--retro-work-dir", small_work, "--output", tmp_path / output]
+    start = launch.run if output == "file" else launch.run_forked  # as a user would, once
+    shown = start(*command, expect=2)
+    assert "cannot be written to" in shown and len(shown.splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------------------ terminal
