@@ -330,7 +330,7 @@ def test_prompt_files_that_cannot_be(tmp_path: pathlib.Path, name: str, content:
 
 def test_what_does_not_fit_together_is_one_line(trained: pathlib.Path, small_work: pathlib.Path) -> None:
     where = [TOOL, "--prompt", "x", "--load", trained, "--retro-work-dir"]
-    assert "holds no manifest.json" in run(*where, "/nowhere", expect=2)
+    assert "holds no manifest.json" in run_forked(*where, "/nowhere", expect=2)
     shown = run_forked(*where, small_work, "--retro-num-neighbors", 1_000_000, expect=2)
     assert "--retro-num-neighbors 1000000 is more than the 10 that the work dir holds for each chunk" in shown
     shown = run_forked(*where, small_work, "--pipeline-model-parallel-size", 3, expect=2)
