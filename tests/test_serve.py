@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from launch import ROOT, command, environment, run
+from launch import ROOT, command, environment, run_forked
 from test_inspect import INJECTED, PATIENCE, browser, needs_chromium  # noqa: F401 - browser is a fixture
 
 from megatron_retro.config.flags import parse
@@ -802,7 +802,7 @@ def test_flags_that_cannot_be(flags: str, message: str) -> None:
 
 
 def test_a_wrong_start_is_one_line(tmp_path: pathlib.Path) -> None:
-    shown = run(TOOL, "--load", tmp_path, "--retro-work-dir", tmp_path, "--host", "0.0.0.0", expect=2)
+    shown = run_forked(TOOL, "--load", tmp_path, "--retro-work-dir", tmp_path, "--host", "0.0.0.0", expect=2)
     assert "needs --api-key-file" in shown and len(shown.splitlines()) == 1
 
 
