@@ -203,7 +203,7 @@ def test_the_tutorial_command(small_work: pathlib.Path) -> None:
         f"pretrain_retro.py --num-layers 12 --hidden-size 768 --retro-work-dir {small_work} --retro-add-retriever "
         "--seq-length 1024 --data-path my_text_data"
     )
-    text = run(*tutorial.split(), "--train-iters", 1, "--micro-batch-size", 1, "--eval-iters", 0)
+    text = run_forked(*tutorial.split(), "--train-iters", 1, "--micro-batch-size", 1, "--eval-iters", 0)
     assert "RETRO (layers 6,9,12)" in text
     assert re.search(r"iteration 1/1  lm_loss \d", text)
 
