@@ -5,6 +5,8 @@ torchrun --nproc-per-node N pretrain_retro.py …
 WORLD_SIZE=N python pretrain_retro.py … --dry-run
 """
 
+import time
+
 from megatron_retro.config.flags import parse
 from megatron_retro.config.training import PretrainConfig
 from megatron_retro.distributed import world_size
@@ -12,6 +14,7 @@ from megatron_retro.errors import exit_on_user_error
 
 
 def main() -> None:
+    started = time.monotonic()
     config = parse(PretrainConfig, description=(__doc__ or "").splitlines()[0])
     # What needs torch is imported when the flags are known to be right.
     if config.run.dry_run:
@@ -23,7 +26,7 @@ def main() -> None:
     config.finish(world_size())
     from megatron_retro.training.loop import train
 
-    train(config)
+    train(config, started)
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def make(case: Case) -> tuple[Step, int]:
 def make_product(case: Case) -> tuple[Step, int]:
     """What the loop of `megatron_retro.training.loop.train` does once, learning rate and log aside."""
     from megatron_retro import mcore  # here: the plain model's process shall not import it
-    from megatron_retro.training.step import make_model_and_optimizer, means, train_step
+    from megatron_retro.training.step import make_model_and_optimizer, train_step
 
     if not mcore.parallel_state.model_parallel_is_initialized():
         mcore.initialize()
@@ -208,8 +208,7 @@ def make_product(case: Case) -> tuple[Step, int]:
 
     def step() -> float:
         mcore.reseed(case.config.data.seed)
-        reports, _ = train_step(model, optimizer, samples, ids, micro_batch_size)  # type: ignore[arg-type]
-        return means(reports)[0]
+        return train_step(model, optimizer, samples, ids, micro_batch_size).loss  # type: ignore[arg-type]
 
     return step, sum(weight.numel() for weight in model.parameters())
 

@@ -93,37 +93,3 @@ def together(work: Callable[[], Result]) -> Result:
             by_user, message, kind = report
             raise UserError(message) if by_user else RuntimeError(f"rank {failed_rank} failed: {kind}: {message}")
     return result  # type: ignore[return-value]
-
-
-class AnyRank:
-    """Whether some rank has said yes, the same answer on all: asked each step and answered one call later.
-
-    So nobody waits. It goes over gloo, past the GPUs: their queues stay full. A run of one rank answers at once.
-    """
-
-    def __init__(self) -> None:
-        import torch.distributed as dist
-
-        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
-        self._asked: Any = None
-
-    def says(self, yes: bool) -> bool:
-        """Every rank calls it as often."""
-        import torch
-        import torch.distributed as dist
-
-        if self._group is None:
-            return yes
-        answer = False
-        if self._asked:
-            work, said = self._asked
-            work.wait()
-            answer = bool(said)
-        said = torch.tensor(float(yes))
-        self._asked = dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self._group, async_op=True), said
-        return answer
-
-    def close(self) -> None:
-        """Wait for what was asked last."""
-        if self._asked:
-            self._asked[0].wait()

@@ -432,11 +432,42 @@ def _scale_all(chunk_size: int, overflow: Any, lists: list[list[torch.Tensor]], 
     torch._foreach_mul_(targets, scale)
 
 
-def optimizer_step(optimizer: Any) -> tuple[bool, float]:
-    """Clip, update; returns (updated, gradient norm before clipping)."""
+def gradient_norm(optimizer: Any) -> float:
+    """Make the gradients of a backward pass ready for `update`; returns the whole model's norm.
+
+    It waits for the device. A number that is not finite anywhere makes the norm so.
+    """
     with _cuda_type_names():
-        updated, grad_norm, _ = optimizer.step()
-    return bool(updated), float(grad_norm or 0.0)
+        optimizer.prepare_grads()
+        return float(optimizer.get_grad_norm())
+
+
+def update(optimizer: Any, grad_norm: float) -> None:
+    """Clip the gradients, whose norm is known, and update the weights with them."""
+    with _cuda_type_names():
+        for part in optimizer.chained_optimizers:
+            if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
+                clip_grads.clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+        optimizer.step_with_ready_grads()
+
+
+@torch.no_grad()
+def all_finite(model: torch.nn.Module, optimizer: Any) -> bool:
+    """Whether all weights and Adam's moments are finite numbers on every rank; every rank calls it."""
+    if isinstance(model, ModelChunks):
+        model.gather_weights()
+    of_optimizer = (
+        tensor
+        for part in optimizer.chained_optimizers
+        for parameter in part.get_parameters()
+        for tensor in (parameter, *part.optimizer.state.get(parameter, {}).values())
+    )
+    finite = torch.ones((), device=device())
+    for tensor in itertools.chain(model.parameters(), of_optimizer):
+        if isinstance(tensor, torch.Tensor) and tensor.numel():
+            finite *= tensor.isfinite().all().to(finite.device)
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    return bool(finite)
 
 
 def run_pipeline(

@@ -23,7 +23,7 @@ from megatron_retro.data.samples import Samples
 from megatron_retro.model.attention import CrossAttention
 from megatron_retro.model.model import make_stages
 from megatron_retro.training.evaluation import sample_losses
-from megatron_retro.training.step import means, train_step
+from megatron_retro.training.step import train_step
 
 CHUNK, CHUNKS_A_SAMPLE, VOCAB, STEPS, GLOBAL_BATCH = 8, 4, 128, 3, 8
 NUM_SAMPLES = 40  # which those of the updates are drawn from
@@ -136,10 +136,10 @@ def run(layout: str) -> dict:
     result: dict = {"loss": [], "norm": [], "gradients": []}
     for step in range(STEPS):
         ids = step * GLOBAL_BATCH + np.arange(GLOBAL_BATCH)
-        reports, norm = train_step(model, optimizer, samples, ids, micro_batch_size=2)
-        result["loss"].append(means(reports)[0])
-        result["norm"].append(norm)
-        result["gradients"].append(whole_gradients(model, norm))
+        update = train_step(model, optimizer, samples, ids, micro_batch_size=2)
+        result["loss"].append(update.loss)
+        result["norm"].append(update.grad_norm)
+        result["gradients"].append(whole_gradients(model, update.grad_norm))
     evaluated = sample_losses(model, samples, num_samples=7, micro_batch_size=2, retrieval="on")
     result["evaluated"] = evaluated.loss.sum(1).tolist()
     mcore.parallel_state.destroy_model_parallel()

@@ -55,7 +55,10 @@ class RunConfig:
     log_interval: int = flag(10, "updates between log lines")
     tensorboard_dir: str | None = flag(None, "directory for TensorBoard")
     exit_interval: int | None = flag(None, "save and exit after this many updates of this run")
-    exit_duration_in_mins: float | None = flag(None, "save and exit after this many minutes")
+    exit_duration_in_mins: float | None = flag(None, "save and exit so that the program takes at most so many minutes")
+    on_bad_step: str = flag(
+        "stop", "when loss or gradients are not finite, or the loss is a spike", choices=("stop", "skip", "rewind")
+    )
     dry_run: bool = flag(False, "print parameters, memory a rank and speed to expect, and exit")
 
 
@@ -82,6 +85,8 @@ class PretrainConfig:
         required(self.retro, retro_work_dir="tools/preprocess_retro_data.py builds one")
         if self.run.save_interval and not self.run.save:
             raise UserError(f"--save-interval {self.run.save_interval} needs --save DIR")
+        if self.run.on_bad_step == "rewind" and not self.run.save:
+            raise UserError("--on-bad-step rewind needs --save DIR, for the checkpoints that it goes back to")
         at_least(1, self.run, "save_interval", "eval_interval", "exit_interval", "log_interval")
         at_least(0, self.data, "num_workers")
         self._finish_batch(world_size)

@@ -214,6 +214,12 @@ class Samples:
             neighbor_chunks_M=chunks_that_read(ids_BxLxK),
         )
 
+    def neighbor_ids(self, sample_ids: np.ndarray) -> np.ndarray | None:
+        """The neighbors [B, L, K] int64 that samples are read with, -1 for none; None with retrieval off."""
+        if self._neighbors is None:
+            return None
+        return self._choose(np.stack([self.chunks(int(sample)) for sample in sample_ids]), sample_ids, "on")
+
     def _text(self, chunks_BxL: np.ndarray, sample_ids: np.ndarray) -> Batch:
         chunk_length, num_samples = self.table.chunk_length, len(chunks_BxL)
         tokens, lengths = self.table.tokens(chunks_BxL.reshape(-1), chunk_length + 1, self._pad)

@@ -43,6 +43,7 @@ class RunState:
         chunk_length: C.
         tokenizer_digest: of the tokenizer (the work dir's "tokenizer" record).
         data_digest: of tokenizer, corpus and chunks (the work dir's "chunks" record).
+        losses, bad_in_a_row: see `bad_steps.LossWatch`.
     """
 
     iteration: int
@@ -52,9 +53,11 @@ class RunState:
     chunk_length: int
     tokenizer_digest: str
     data_digest: str
+    losses: list[float] = dataclasses.field(default_factory=list)
+    bad_in_a_row: int = 0
 
 
-def save(directory: str, model: torch.nn.Module, optimizer: Any, state: RunState) -> None:
+def save(directory: str, model: torch.nn.Module, optimizer: Any, state: RunState) -> pathlib.Path:
     """Write a checkpoint; every rank calls it. A crash leaves the one before it in place."""
     root = pathlib.Path(directory)
     final = root / f"iter_{state.iteration:07d}"
@@ -62,6 +65,7 @@ def save(directory: str, model: torch.nn.Module, optimizer: Any, state: RunState
     distributed.together(lambda: _clear(final, partial))
     mcore.save_state(model, optimizer, str(partial))
     distributed.together(lambda: _publish(root, final, partial, state))
+    return final
 
 
 def find(directory: str) -> pathlib.Path | None:

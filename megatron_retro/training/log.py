@@ -1,11 +1,15 @@
 """Where a run's figures go: a line on the terminal, a JSON line in metrics.jsonl, TensorBoard."""
 
 import json
+import math
+import os
 import pathlib
 import time
 from typing import Any
 
 from megatron_retro import distributed
+
+_LONGEST_LINE = 1 << 16  # bytes of metrics.jsonl
 
 
 class RunLog:
@@ -23,7 +27,9 @@ class RunLog:
         self._file = self._board = None
         if self._active and save:
             pathlib.Path(save).mkdir(parents=True, exist_ok=True)
-            self._file = open(pathlib.Path(save) / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            path = pathlib.Path(save) / "metrics.jsonl"
+            _cut_torn_line(path)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         if self._active and tensorboard_dir:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -46,11 +52,13 @@ class RunLog:
         self.write(iteration, figures)
 
     def write(self, iteration: int, figures: dict[str, Any]) -> None:
+        """A line of figures; a number that is not finite becomes null there, for JSON has none."""
         if self._file:
-            self._file.write(json.dumps({"iteration": iteration, **figures}) + "\n")
+            numbers = {name: None if _is_bad(value) else value for name, value in figures.items()}
+            self._file.write(json.dumps({"iteration": iteration, **numbers}) + "\n")
             self._file.flush()
-        if self._board:
-            for name, value in figures.items():
+        for name, value in figures.items():
+            if self._board and not isinstance(value, str):
                 self._board.add_scalar(name, value, iteration)
 
     def close(self) -> None:
@@ -58,6 +66,21 @@ class RunLog:
             self._file.close()
         if self._board:
             self._board.close()
+
+
+def _cut_torn_line(path: pathlib.Path) -> None:
+    """What a killed run left of a line is none."""
+    if not path.exists():
+        return
+    with open(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _LONGEST_LINE))
+        tail = file.read()
+        file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+
+
+def _is_bad(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _shares(figures: dict[str, Any]) -> str:

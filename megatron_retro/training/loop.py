@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-import signal
 import time
 from typing import Any
 
@@ -17,24 +16,29 @@ from megatron_retro.data.samples import Samples
 from megatron_retro.errors import UserError
 from megatron_retro.model.flops import multiply_adds
 from megatron_retro.model.model import padded_vocab_size
-from megatron_retro.training import checkpoint
+from megatron_retro.training import bad_steps, checkpoint
 from megatron_retro.training.data import TrainingData, check_split
 from megatron_retro.training.evaluation import sample_losses
 from megatron_retro.training.log import RunLog
 from megatron_retro.training.matrix_rate import matrix_rate
 from megatron_retro.training.prefetch import BatchSource, Prefetched
-from megatron_retro.training.step import make_model_and_optimizer, means, microbatches, train_step
+from megatron_retro.training.step import Step, make_model_and_optimizer, microbatches, train_step
+from megatron_retro.training.stopping import StopRequest, TimeLimit
 from megatron_retro.training.timing import StepClock, speed_figures
 from megatron_retro.workdir import check_writable
 
 
-def train(config: PretrainConfig) -> None:
+def train(config: PretrainConfig, started: float) -> None:
     """Train as `config`, finished, says; every rank calls it.
 
+    Args:
+        started: when the program was, by `time.monotonic`.
+
     Raises:
-        UserError: flags, work dir or checkpoint do not fit together.
+        UserError: flags, work dir or checkpoint do not fit together; or a bad step ends the run.
     """
     parallel, run = config.parallel, config.run
+    stop = StopRequest(run.save)
     distributed.use_this_ranks_share()
     mcore.initialize(
         parallel.tensor_model_parallel_size,
@@ -73,11 +77,15 @@ def train(config: PretrainConfig) -> None:
     # ---- resume
     log = RunLog(run.save, run.tensorboard_dir, optimization.train_iters)
     iteration = consumed_samples = 0
+    newest, saved_iteration = None, -1  # the checkpoint loaded or saved last; what --save holds
+    watch = bad_steps.LossWatch([], 0)
     if run.load and (found := distributed.together(lambda: _checkpoint(config))):
         state = checkpoint.read_state(found)
         checkpoint.check_same_run(state, config, vocab_size, chunk_length, data.digest)
         mcore.load_state(model, optimizer, str(found))
         iteration, consumed_samples = state.iteration, state.consumed_samples
+        newest, saved_iteration = found, iteration if run.load == run.save else -1
+        watch = bad_steps.LossWatch(state.losses, state.bad_in_a_row)
         schedule.step(increment=consumed_samples)
         log.say(f"resumed from {found}, {consumed_samples:,} samples read")
     log.say(_description(config, data, model, train_samples))
@@ -85,6 +93,13 @@ def train(config: PretrainConfig) -> None:
         log.say("the valid split is empty: no evaluation")
 
     def save() -> None:
+        nonlocal newest, saved_iteration
+        began = time.monotonic()
+        if not mcore.all_finite(model, optimizer):
+            raise UserError(
+                f"iteration {iteration}: weights or Adam's moments are not finite numbers, so they are not saved; "
+                f"--load {run.save} goes on from the newest checkpoint there"
+            )
         state = checkpoint.RunState(
             iteration,
             consumed_samples,
@@ -93,8 +108,11 @@ def train(config: PretrainConfig) -> None:
             chunk_length,
             data.tokenizer_digest,
             data.digest,
+            list(watch.losses),
+            watch.in_a_row,
         )
-        checkpoint.save(str(run.save), model, optimizer, state)
+        newest, saved_iteration = checkpoint.save(str(run.save), model, optimizer, state), iteration
+        time_limit.saved(time.monotonic() - began)
         log.say(f"saved iteration {iteration} to {run.save}")
 
     def evaluate() -> None:
@@ -115,41 +133,70 @@ def train(config: PretrainConfig) -> None:
         log.say(f"validation  {'  '.join(f'{mode} {loss:.4f}' for mode, loss in losses.items())}")
         log.write(iteration, {f"valid_loss_{mode}": loss for mode, loss in losses.items()})
 
+    def answer_bad_step(step: Step, ids: np.ndarray) -> None:
+        """As --on-bad-step says. The weights are still those before the step."""
+        nonlocal watch
+        bad = f"iteration {iteration + 1}: {step.bad}"
+        written = bad_steps.report(run.save, iteration + 1, step, train_samples, ids)
+        log.say(f"{bad}; no update; what it read: {written}")
+        log.write(iteration + 1, {"bad_step": step.bad})
+        too_many = watch.in_a_row >= bad_steps.MOST_IN_A_ROW
+        if run.on_bad_step == "stop" or too_many or (run.on_bad_step == "rewind" and newest is None):
+            last_words = bad_steps.last_words(bad, run.on_bad_step, watch.in_a_row, run.save)
+            watch.in_a_row = 0  # the next run begins to count
+            if run.save and saved_iteration != iteration:
+                save()
+            raise UserError(last_words)
+        if run.on_bad_step == "rewind":
+            assert newest
+            state = checkpoint.read_state(newest)
+            mcore.load_state(model, optimizer, str(newest))
+            watch = bad_steps.LossWatch(state.losses, watch.in_a_row)
+            log.say(f"weights and optimizer are those of {newest} again")
+
     if iteration >= optimization.train_iters:
         log.say(f"nothing to do: --train-iters {optimization.train_iters} are done")
 
     # ---- the loop
-    stop, anyone, clock = _StopSignal(), distributed.AnyRank(), StepClock()
+    clock, time_limit = StepClock(), TimeLimit(run.exit_duration_in_mins, started)
     source = _read_ahead(config, train_samples, iteration, consumed_samples)
     shape = dict(vocab_size=vocab_size, chunk_length=chunk_length)
     best_rate = matrix_rate(torch.bfloat16 if parallel.bf16 else torch.float32)
-    started, first_iteration, logged_iteration = time.monotonic(), iteration, iteration
+    first_iteration = logged_iteration = iteration
     log.say(f"a matrix product runs at {best_rate / 1e12:.4g} TFLOP/s")
     while iteration < optimization.train_iters:
         mcore.reseed(config.data.seed + iteration)  # so that a resumed run draws what this one would have drawn
         ids = consumed_samples + np.arange(optimization.global_batch_size)
-        reports, grad_norm = train_step(model, optimizer, source, ids, optimization.micro_batch_size, clock)
+        step = train_step(
+            model,
+            optimizer,
+            source,
+            ids,
+            optimization.micro_batch_size,
+            clock,
+            judge=watch.judge,
+            wishes=lambda: (stop.is_made(), time_limit.is_near()),
+        )
+        if step.bad:
+            answer_bad_step(step, ids)
         learning_rate = _learning_rate(optimizer)
         schedule.step(increment=optimization.global_batch_size)
         iteration += 1
         consumed_samples += optimization.global_batch_size
 
-        minutes = (time.monotonic() - started) / 60
-        wants_exit = stop.received or (run.exit_duration_in_mins or float("inf")) <= minutes
-        wants_exit = anyone.says(wants_exit)
-        wants_exit |= run.exit_interval is not None and iteration - first_iteration >= run.exit_interval
+        why_exit = _why_exit(step, run.exit_interval, iteration - first_iteration)
         last = iteration == optimization.train_iters
-        if iteration % run.log_interval == 0 or last or wants_exit or iteration == first_iteration + 1:
+        is_logged = iteration % run.log_interval == 0 or last or why_exit or iteration == first_iteration + 1
+        if is_logged and not step.bad:
             tokens = (iteration - logged_iteration) * optimization.global_batch_size * config.model.seq_length
-            loss, reading = means(reports)
-            flops = multiply_adds(config.model, config.active_retro, **shape, reading=reading).training_flops
+            flops = multiply_adds(config.model, config.active_retro, **shape, reading=step.reading).training_flops
             speed = speed_figures(clock, tokens, flops, best_rate)
             log.step(
                 iteration,
                 tokens / speed["tokens_per_second"] / (iteration - logged_iteration),
                 {
-                    "lm_loss": loss,
-                    "grad_norm": grad_norm,
+                    "lm_loss": step.loss,
+                    "grad_norm": step.grad_norm,
                     "learning_rate": learning_rate,
                     **speed,
                     "consumed_samples": consumed_samples,
@@ -158,12 +205,12 @@ def train(config: PretrainConfig) -> None:
             logged_iteration = iteration
         if (run.eval_interval and iteration % run.eval_interval == 0) or last:
             evaluate()
-        if run.save and ((run.save_interval and iteration % run.save_interval == 0) or last or wants_exit):
+        if run.save and ((run.save_interval and iteration % run.save_interval == 0) or last or why_exit):
             save()
-        if wants_exit:
-            log.say(f"exiting after iteration {iteration} as asked")
+        if why_exit:
+            log.say(f"exiting after iteration {iteration} as asked by {why_exit}")
+            stop.obeyed()
             break
-    anyone.close()
     log.close()
     mcore.shut_down()
 
@@ -220,6 +267,14 @@ def _learning_rate(optimizer: Any) -> float:
     return float(optimizer.param_groups[0]["lr"])
 
 
+def _why_exit(step: Step, exit_interval: int | None, steps_done: int) -> str | None:
+    if step.asked_to_stop:
+        return "a signal or the file STOP"
+    if step.out_of_time:
+        return "--exit-duration-in-mins"
+    return "--exit-interval" if exit_interval is not None and steps_done >= exit_interval else None
+
+
 def _checkpoint(config: PretrainConfig) -> Any:
     """The checkpoint to resume from; None for a run that starts in its own empty --save directory."""
     assert config.run.load
@@ -260,15 +315,3 @@ def _stages(config: PretrainConfig, data: TrainingData, model: mcore.ModelChunks
     )
     layers, dearest = "+".join(map(str, inner.plan.layers)), inner.plan.dearest_over_mean
     return f"stages of {layers} layers, the dearest rank {dearest:.2f} × the mean, {size / 1e6:.3g} MB between stages; "
-
-
-class _StopSignal:
-    """Remembers SIGTERM and SIGUSR1 (what SLURM sends before the time is up), to save and exit between steps."""
-
-    def __init__(self) -> None:
-        self.received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._remember)
-
-    def _remember(self, *_: Any) -> None:
-        self.received = True

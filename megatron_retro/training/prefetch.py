@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_retro import mcore
 from megatron_retro.data.samples import Batch
+from megatron_retro.training.stopping import SIGNALS
 
 
 class BatchSource(Protocol):
@@ -57,5 +58,5 @@ class _ById(Dataset):
 
 def _leave_signals_to_the_parent(_: int) -> None:
     """A scheduler signals all processes of a job; the parent then saves, and needs batches until it ends."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

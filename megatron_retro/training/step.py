@@ -1,7 +1,9 @@
 """One update: a global batch through the model and its optimizer."""
 
+import dataclasses
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -54,6 +56,30 @@ def make_model(config: PretrainConfig, vocab_size: int, chunk_length: int) -> mc
     )
 
 
+@dataclasses.dataclass
+class Step:
+    """What all ranks agreed on between the backward pass and the update.
+
+    Attributes:
+        loss: nats a predicted token, of the global batch.
+        grad_norm: of the whole model, before clipping.
+        is_finite: whether loss and gradient norm are, on every rank.
+        reading: share of chunks that read neighbors, of the global batch.
+        asked_to_stop, out_of_time: whether any rank is.
+        bad: why there was no update; None where there was one.
+        reports: of this rank's micro-batches, on the last pipeline stage; stay on the device.
+    """
+
+    loss: float
+    grad_norm: float
+    is_finite: bool
+    reading: float
+    asked_to_stop: bool
+    out_of_time: bool
+    reports: list[dict[str, Any]]
+    bad: str | None = None
+
+
 def train_step(
     model: mcore.ModelChunks,
     optimizer: Any,
@@ -61,8 +87,16 @@ def train_step(
     ids: np.ndarray,
     micro_batch_size: int,
     clock: StepClock | None = None,
-) -> tuple[list[dict[str, Any]], float]:
-    """One update on the samples `ids` of the global batch; returns (reports on the last stage, gradient norm)."""
+    *,
+    judge: Callable[[Step], str | None] = lambda step: None,
+    wishes: Callable[[], tuple[bool, bool]] = lambda: (False, False),
+) -> Step:
+    """One update on the samples `ids` of the global batch, unless it is judged bad.
+
+    Args:
+        judge: told what all ranks know, says why there shall be no update: the same on every rank.
+        wishes: whether this rank (is asked to stop, is out of time).
+    """
     mine, clock = microbatches(ids, micro_batch_size), clock or StepClock()
     with clock.step():
         batches = _batches(samples, mine, clock)
@@ -81,8 +115,11 @@ def train_step(
                 forward_only=False,
             )
         with clock.phase(OPTIMIZER):
-            _, grad_norm = mcore.optimizer_step(optimizer)
-    return reports, grad_norm
+            step = _agree(reports, mcore.gradient_norm(optimizer), *wishes())
+            step.bad = judge(step)
+            if step.bad is None:
+                mcore.update(optimizer, step.grad_norm)
+    return step
 
 
 def microbatches(ids: np.ndarray, micro_batch_size: int) -> np.ndarray:
@@ -98,17 +135,16 @@ def _batches(samples: BatchSource, ids_of_each: np.ndarray, clock: StepClock) ->
         yield batch
 
 
-def means(reports: list[dict[str, Any]]) -> tuple[float, float]:
-    """(loss in nats a predicted token, share of chunks that read neighbors) of the global batch, on every rank.
-
-    It waits for the device.
-    """
-    sums = torch.zeros(4, dtype=torch.float64, device=mcore.device())
-    if mcore.parallel_state.get_tensor_model_parallel_rank() == 0:
-        for report in reports:
-            sums[:2] += torch.stack([report["loss"].double().sum(), report["tokens"].double().sum()])
-            sums[2] += report["reading"]
-            sums[3] += 1
+def _agree(reports: list[dict[str, Any]], grad_norm: float, asked_to_stop: bool, out_of_time: bool) -> Step:
+    """The one exchange of a step: what any rank saw, all know. It waits for the device."""
+    counted = reports if mcore.parallel_state.get_tensor_model_parallel_rank() == 0 else []
+    reading = sum(report["reading"] for report in counted)
+    known = [not math.isfinite(grad_norm), asked_to_stop, out_of_time, reading, len(counted), 0.0, 0.0]
+    sums = torch.tensor(known, dtype=torch.float64).to(mcore.device())
+    for report in counted:
+        sums[-2:] += torch.stack([report["loss"].double().sum(), report["tokens"].double().sum()])
     dist.all_reduce(sums)
-    loss, tokens, reading, number = sums.tolist()
-    return loss / max(1.0, tokens), reading / number
+    bad, stop, late, reading, number, loss, tokens = sums.tolist()
+    loss /= max(1.0, tokens)
+    is_finite = not bad and math.isfinite(loss)
+    return Step(loss, grad_norm, is_finite, reading / number, stop > 0, late > 0, reports)
