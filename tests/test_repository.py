@@ -1,7 +1,6 @@
 """What holds for the repository as a whole: arrows of imports, requirements, documented commands, SLURM scripts."""
 
 import ast
-import contextlib
 import json
 import os
 import pathlib
@@ -9,10 +8,10 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
+from cluster import Cluster, children
 from launch import ROOT
 from packaging.requirements import Requirement
 
@@ -189,121 +188,22 @@ time.sleep(1)
 (folder / f"saved-{rank}").touch()
 """
 
-# Runs the task once for each of two nodes, all on this machine, and notes the tasks' process ids.
-SRUN = """#!/bin/bash
-while [[ $1 == --* ]]; do shift; done
-pids=() code=0
-for node in 0 1; do
-    SLURM_NODEID=$node SLURMD_NODENAME=localhost "$@" &
-    pids+=($!)
-done
-echo "${pids[@]}" > "$TEST_RESULTS/tasks"
-for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
-exit $code
-"""
-
-# Requeueing a job ends what still runs of it.
-SCONTROL = """#!/bin/bash
-if [[ $1 == show ]]; then echo localhost; sleep 0.2; echo localhost; exit; fi
-echo "$@" >> "$TEST_RESULTS/scontrol"
-for pid in $(< "$TEST_RESULTS/tasks"); do
-    while kill "$pid" 2> /dev/null; do sleep 0.2; done
-done
-touch "$TEST_RESULTS/queue"
-"""
-
-# Runs the job's script at once, in place of queueing it; and again whenever it was requeued.
-SBATCH = """#!/bin/bash
-export SLURM_RESTART_COUNT=-1
-touch "$TEST_RESULTS/queue"
-while rm "$TEST_RESULTS/queue" 2> /dev/null; do
-    ((SLURM_RESTART_COUNT += 1))
-    bash "$@" &
-    echo $! > "$TEST_RESULTS/job"
-    code=0
-    wait $! || code=$?
-done
-exit $code
-"""
-
-
-class Cluster:
-    """Two nodes of a SLURM cluster, as far as the scripts can see."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.results = folder / "results"
-        self.submit_dir = folder / "repository"
-        for name in (self.results, folder / "bin", folder / "work", self.submit_dir / "tools"):
-            name.mkdir(parents=True)
-        for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("sbatch", SBATCH)):
-            (folder / "bin" / name).write_text(text)
-            (folder / "bin" / name).chmod(0o755)
-        for name in ("pretrain_retro.py", "tools/preprocess_retro_data.py"):
-            (self.submit_dir / name).write_text(WORKER)
-        (folder / "work" / "manifest.json").write_text("{}")
-        self.environment = {
-            **os.environ,
-            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
-            "PYTHON": sys.executable,
-            "RETRO_WORK_DIR": str(folder / "work"),
-            "SAVE_DIR": str(folder / "save"),
-            "SLURM_JOB_END_TIME": str(int(time.time()) + 3600),
-            "SLURM_JOB_ID": str(os.getpid()),
-            "SLURM_JOB_NODELIST": "node[0-1]",
-            "SLURM_NNODES": "2",
-            "SLURM_SUBMIT_DIR": str(self.submit_dir),
-            "TEST_RESULTS": str(self.results),
-        }
-        self.job: subprocess.Popen | None = None
-
-    def sbatch(self, script: str, *arguments: str) -> None:
-        command = ["sbatch", str(ROOT / "examples" / script), *arguments]
-        self.job = subprocess.Popen(
-            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-
-    def finish(self) -> tuple[int, str]:
-        assert self.job
-        output, _ = self.job.communicate(timeout=150)
-        return self.job.returncode, output
-
-    def wait_until_started(self) -> None:
-        deadline = time.monotonic() + 150
-        while len(list(self.results.glob("started-*"))) < 2:
-            assert self.job and self.job.poll() is None, self.job.communicate()[0]
-            assert time.monotonic() < deadline, "the workers do not start"
-            time.sleep(0.1)
-
-    def tasks(self) -> list[int]:
-        return [int(word) for word in (self.results / "tasks").read_text().split()]
-
-    def times_requeued(self) -> int:
-        file = self.results / "scontrol"
-        lines = file.read_text().splitlines() if file.exists() else []
-        assert set(lines) <= {f"requeue {self.environment['SLURM_JOB_ID']}"}
-        return len(lines)
-
-    def kill_leftovers(self) -> None:
-        """End what a failed test may have left: the torchruns end their workers at SIGTERM."""
-        for task in self.tasks() if (self.results / "tasks").exists() else []:
-            for pid in [*children(task), task]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
-        if self.job and self.job.poll() is None:
-            self.job.kill()
-
-
-def children(pid: int) -> list[int]:
-    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
-    return [int(word) for word in done.stdout.split()]
-
 
 @pytest.fixture
 def cluster(tmp_path: pathlib.Path) -> Iterator[Cluster]:
-    made = Cluster(tmp_path)
+    repository, work = tmp_path / "repository", tmp_path / "work"
+    (repository / "tools").mkdir(parents=True)
+    for name in ("pretrain_retro.py", "tools/preprocess_retro_data.py"):
+        (repository / name).write_text(WORKER)
+    work.mkdir()
+    (work / "manifest.json").write_text("{}")
+    made = Cluster(tmp_path / "cluster", repository, work)
     yield made
     made.kill_leftovers()
+
+
+def wait_until_started(cluster: Cluster) -> None:
+    cluster.wait_until(lambda: len(list(cluster.results.glob("started-*"))) == 2)
 
 
 @pytest.mark.parametrize(("number", "times"), [(signal.SIGUSR1, 2), (signal.SIGTERM, 0)])
@@ -313,7 +213,7 @@ def test_a_signal_to_the_tasks_lets_all_ranks_save(cluster: Cluster, number: sig
     What is requeued once runs out of time by its own clock, which requeues it again, and then ends.
     """
     cluster.sbatch("pretrain.sbatch", "--num-layers", "2")
-    cluster.wait_until_started()
+    wait_until_started(cluster)
     tasks = cluster.tasks()
     torchruns = [pid for task in tasks for pid in children(task)]
     for pid in [*torchruns, *tasks] if number == signal.SIGUSR1 else tasks:  # some set-ups signal every process
@@ -322,12 +222,12 @@ def test_a_signal_to_the_tasks_lets_all_ranks_save(cluster: Cluster, number: sig
     assert code == 0, output
     assert sorted(file.name for file in cluster.results.glob("saved-*")) == ["saved-0-of-2", "saved-1-of-2"]
     assert cluster.times_requeued() == times, output
-    save = cluster.environment["SAVE_DIR"]
+    save = cluster.save
     given = (cluster.results / "started-0-of-2").read_text()
     assert re.fullmatch(
         rf"--retro-work-dir \S+ --save {save} --load {save} --exit-duration-in-mins 5[45] --num-layers 2", given
     )
-    logs = sorted(pathlib.Path(save).glob("logs/*.0/node*/**/stdout.log"))
+    logs = sorted(save.glob("logs/*.0/node*/**/stdout.log"))
     assert sorted(log.read_text() for log in logs) == ["worker 0-of-2\n", "worker 1-of-2\n"]
 
 
@@ -340,8 +240,8 @@ def test_a_run_that_fails_is_not_requeued(cluster: Cluster) -> None:
 
 def test_preprocessing_requeues_itself_before_the_time_limit(cluster: Cluster) -> None:
     cluster.sbatch("preprocess.sbatch", "--input", "text")
-    cluster.wait_until_started()
-    os.kill(int((cluster.results / "job").read_text()), signal.SIGUSR1)
+    wait_until_started(cluster)
+    cluster.signal_job(signal.SIGUSR1)
     code, output = cluster.finish()
     assert code == 0, output
     assert cluster.times_requeued() == 1

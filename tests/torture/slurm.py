@@ -1,0 +1,52 @@
+"""Training on two nodes of a SLURM cluster that ends its jobs early: what is requeued ends as if nothing had been."""
+
+import json
+import os
+import pathlib
+import signal
+
+from cluster import Cluster
+from launch import ROOT, run_forked
+
+SMALL = (
+    "--retro-add-retriever --num-layers 2 --retro-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 128 "
+    "--micro-batch-size 1 --global-batch-size 4 --eval-iters 0 --log-interval 1 --hidden-dropout 0.1"
+).split()
+
+
+def requeued_training(folder: pathlib.Path, work: pathlib.Path, *, times: int, iterations: int) -> None:
+    """Warn a job's tasks `times` times that their time is nearly up, and let it run to its end.
+
+    Args:
+        folder: empty.
+        work: a work dir to train on.
+
+    Raises:
+        AssertionError: a loss, gradient norm or learning rate differs from the uninterrupted run's.
+    """
+    flags = [*SMALL, "--train-iters", str(iterations)]
+    run_forked("pretrain_retro.py", "--retro-work-dir", work, "--save", folder / "whole", *flags, ranks=2)
+    cluster = Cluster(folder / "cluster", ROOT, work)
+    try:
+        cluster.sbatch("pretrain.sbatch", *flags)
+        for attempt in range(times):
+            begun = _last_iteration(cluster.save)
+            cluster.wait_until(lambda begun=begun: _last_iteration(cluster.save) > begun)  # type: ignore[misc]
+            for task in cluster.tasks():
+                os.kill(task, signal.SIGUSR1)
+            cluster.wait_until(lambda attempt=attempt: cluster.times_requeued() > attempt)  # type: ignore[misc]
+        code, output = cluster.finish()
+    finally:
+        cluster.kill_leftovers()
+    assert code == 0 and cluster.times_requeued() == times, output
+    assert _figures(cluster.save) == _figures(folder / "whole"), output
+
+
+def _figures(save: pathlib.Path) -> dict[int, tuple]:
+    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return {line["iteration"]: (line["lm_loss"], line["grad_norm"], line["learning_rate"]) for line in lines}
+
+
+def _last_iteration(save: pathlib.Path) -> int:
+    file = save / "metrics.jsonl"
+    return max(_figures(save), default=0) if file.exists() else 0
