@@ -12,12 +12,16 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from launch import run_forked
+from model_helpers import initialize
 
+from megatron_retro.config import flags
 from megatron_retro.config.flags import parse
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.training import DataConfig, PretrainConfig
+from megatron_retro.data.samples import Samples
 from megatron_retro.errors import UserError
-from megatron_retro.training.bad_steps import LossWatch
+from megatron_retro.training.bad_steps import LossWatch, report
+from megatron_retro.training.checkpoint import RunState, trains_alike
 from megatron_retro.training.data import TrainingData
 from megatron_retro.training.log import RunLog
 from megatron_retro.training.step import Step
@@ -40,9 +44,9 @@ class Runs:
         self._number += 1
         self.trace = self._folder / f"trace{self._number}"
         self.trace.mkdir()
-        flags = ["--retro-work-dir", self._work, "--save", self.save, "--load", self.save, *SMALL, *arguments.split()]
+        given = ["--retro-work-dir", self._work, "--save", self.save, "--load", self.save, *SMALL, *arguments.split()]
         program = ["tests/fault_worker.py", self.trace, json.dumps(faults)]
-        return run_forked(*program, *flags, ranks=2, expect=expect)
+        return run_forked(*program, *given, ranks=2, expect=expect)
 
     def steps(self) -> list[dict[int, dict]]:
         """Of each rank: update -> what the last run noted of it."""
@@ -102,11 +106,15 @@ def test_stop_then_skip(runs: Runs, small_work: pathlib.Path) -> None:
     assert [sample["rank"] for sample in runs.report(8)["samples"]] == [0, 0, 1, 1]
 
 
-def assert_describes(report: dict, update: int, work: pathlib.Path) -> None:
-    ids = (update - 1) * GLOBAL_BATCH + np.arange(GLOBAL_BATCH)
-    samples = TrainingData.open(str(work), retrieve=True).samples(
+def train_samples(work: pathlib.Path) -> Samples:
+    return TrainingData.open(str(work), retrieve=True).samples(
         "train", DataConfig(), RetroConfig(), seq_length=128, num_samples=120, training=True
     )
+
+
+def assert_describes(report: dict, update: int, work: pathlib.Path) -> None:
+    ids = (update - 1) * GLOBAL_BATCH + np.arange(GLOBAL_BATCH)
+    samples = train_samples(work)
     assert report["iteration"] == update
     assert [sample["id"] for sample in report["samples"]] == ids.tolist()
     assert [sample["chunks"] for sample in report["samples"]] == [samples.chunks(n).tolist() for n in ids]
@@ -171,6 +179,25 @@ def test_a_ripple_on_flat_losses_is_no_spike() -> None:
     watch = LossWatch([2.0] * 128, 0)
     assert watch.judge(made_step(2.1)) is None
     assert watch.judge(made_step(2.2)) is not None
+
+
+def test_losses_of_other_training_are_no_measure() -> None:
+    def config(more: str = "") -> PretrainConfig:
+        return parse(PretrainConfig, f"--retro-work-dir x --num-layers 2 --seq-length 64 {more}".split())
+
+    state = RunState(3, 12, json.loads(json.dumps(flags.to_dict(config("--data-path a b")))), 128, 64, "", "")
+    for more in ("", "--train-iters 50 --save y --tensor-model-parallel-size 2 --on-bad-step skip"):
+        assert trains_alike(state, config(f"--data-path a b {more}"))
+    for more in ("--data-path a", "--data-path a b --lr 1e-3", "--data-path a b --retro-retrieval-dropout 0.5"):
+        assert not trains_alike(state, config(more))
+
+
+def test_without_save_the_report_is_told(small_work: pathlib.Path) -> None:
+    initialize()
+    samples = train_samples(small_work)
+    text = report(None, 5, made_step(math.inf, is_finite=False), samples, 16 + np.arange(GLOBAL_BATCH))
+    assert "\n" not in text and json.loads(text)["loss"] == "inf"
+    assert_describes(json.loads(text), 5, small_work)
 
 
 def test_rewind_needs_save() -> None:

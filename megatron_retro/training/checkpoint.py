@@ -116,6 +116,15 @@ def check_same_run(state: RunState, config: PretrainConfig, vocab_size: int, chu
     _same("the work dir's digest of tokenizer, corpus and chunks", state.data_digest, digest)
 
 
+def trains_alike(state: RunState, config: PretrainConfig) -> bool:
+    """Whether a run's losses are what a checkpoint's run would have had: model, samples and optimizer are the same."""
+    ours = flags.to_dict(config)
+    groups = (config.model, config.retro, config.data, config.optimization)
+    names = {field.name for group in groups for field in dataclasses.fields(group)}
+    names -= {"train_iters", "lr_decay_iters", "lr_warmup_iters", "num_workers"}
+    return all(state.config.get(name) == ours[name] for name in names)
+
+
 def model_config_of(state: RunState) -> tuple[ModelConfig, RetroConfig | None]:
     """The finished shape that a checkpoint's weights have."""
     config = flags.from_dict(_Shape, {name: state.config[name] for name in _shape_names() if name in state.config})

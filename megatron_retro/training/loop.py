@@ -85,7 +85,8 @@ def train(config: PretrainConfig, started: float) -> None:
         mcore.load_state(model, optimizer, str(found))
         iteration, consumed_samples = state.iteration, state.consumed_samples
         newest, saved_iteration = found, iteration if run.load == run.save else -1
-        watch = bad_steps.LossWatch(state.losses, state.bad_in_a_row)
+        losses = state.losses if checkpoint.trains_alike(state, config) else []
+        watch = bad_steps.LossWatch(losses, state.bad_in_a_row)
         schedule.step(increment=consumed_samples)
         log.say(f"resumed from {found}, {consumed_samples:,} samples read")
     log.say(_description(config, data, model, train_samples))
