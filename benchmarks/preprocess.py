@@ -86,6 +86,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def build_and_compare(args: argparse.Namespace) -> None:
+    from megatron_retro.retrieval import costs
     from megatron_retro.workdir import WorkDir
 
     inputs = ["--input", *args.input]
@@ -94,7 +95,8 @@ def build_and_compare(args: argparse.Namespace) -> None:
     printed, _ = launch(pathlib.Path(__file__), args.nproc_per_node, *inputs, *common, "--bare")
     bare = json.loads(printed.splitlines()[-1])
     work = WorkDir(args.retro_work_dir)
-    seconds, memory = dict(work.settings["seconds"]), work.settings["peak_memory_mb"]
+    spent = costs.read(work)
+    seconds, memory = spent["seconds"], spent["peak_memory_mb"]
     seconds["tokenize"] -= seconds.get("tokenizer", 0)
     chunks, total = work.facts("chunks"), sum(seconds.values())
     texts = work.facts("corpus")["corpora"]
@@ -237,6 +239,7 @@ def _embedders(embedder: Any, blocks: list[Any], texts: Callable[[Any], list[str
 
 def scaling(args: argparse.Namespace) -> None:
     """Build at several sizes with stand-in embeddings; what is compared is everything but the embedder."""
+    from megatron_retro.retrieval import costs
     from megatron_retro.workdir import WorkDir
 
     rows = []
@@ -257,7 +260,7 @@ def scaling(args: argparse.Namespace) -> None:
             private = {"training the index": peaks[0], "else": max(first_peak, peaks[1])}
             (path / "report" / "private_bytes.json").write_text(json.dumps(private))
         work = WorkDir(path)
-        seconds = work.settings["seconds"]
+        seconds = costs.read(work)["seconds"]
         private = json.loads((path / "report" / "private_bytes.json").read_text())
         now = {
             "tokenizer training": seconds["tokenizer"],
@@ -307,7 +310,7 @@ def stand_in(work: Any, like: Any) -> None:
 
     from megatron_retro.retrieval.blocks import auto_block_size, plan
     from megatron_retro.retrieval.embedding import EmbeddingTable
-    from megatron_retro.workdir import save_npy
+    from megatron_retro.storage import save_npy
 
     real, facts = EmbeddingTable(like), like.facts("embeddings")
     size = auto_block_size(work.facts("chunks")["chunks"])

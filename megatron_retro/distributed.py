@@ -5,6 +5,7 @@ Works under `torchrun` and as a plain process (rank 0 of 1, no process group).
 
 import datetime
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -53,17 +54,18 @@ def use_this_ranks_share() -> int:
 
 def init_gloo(timeout_minutes: float) -> None:
     """Join the ranks over gloo, once; nothing to do for a single plain process."""
+    if world_size() == 1:
+        return
     import torch.distributed as dist
 
-    if world_size() > 1 and not dist.is_initialized():
+    if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
 
 
 def all_gather(value: Any) -> list[Any]:
     """`value` of every rank, in rank order."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
+    dist = sys.modules.get("torch.distributed")  # nobody has joined ranks without importing it
+    if dist is None or not (dist.is_available() and dist.is_initialized()):
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -13,14 +14,14 @@ from conftest import SMALL, build, stdlib_texts, write_jsonl
 from launch import run_forked
 
 from megatron_retro.data.chunks import ChunkTable
-from megatron_retro.data.tokenize import merge_parts, token_dtype
+from megatron_retro.data.tokenize import count_parts, merge_parts, token_dtype
 from megatron_retro.errors import UserError
-from megatron_retro.retrieval import corpora, embedding
+from megatron_retro.retrieval import corpora, costs, embedding
 from megatron_retro.retrieval.index import Shards, write_index
 from megatron_retro.retrieval.index_search import IndexSearch
 from megatron_retro.retrieval.neighbors import NeighborTable
 from megatron_retro.retrieval.query import OpenIndex
-from megatron_retro.workdir import WorkDir
+from megatron_retro.workdir import STAGES, WorkDir
 
 TOOL = pathlib.Path(__file__).parent.parent / "tools" / "preprocess_retro_data.py"
 TOKENS_ONLY = ("--retro-tasks", "tokenize,db-build")
@@ -33,10 +34,14 @@ def arrays(work, *kinds):
 
 
 def copy_without(small_work, path, *stages):
-    """A copy of the small work dir in which the last stages are not recorded as finished."""
+    """A copy of the small work dir in which the last stages are not finished: made, and killed before the record."""
     work = WorkDir(shutil.copytree(small_work, path))
     for stage in stages:
-        del work.manifest["stages"][stage]
+        record = work.manifest["stages"].pop(stage)
+        (work.path / "unfinished").mkdir(exist_ok=True)
+        with open(work.path / "unfinished" / f"{stage}.0.jsonl", "w") as notes:
+            for name, print_ in record["files"].items():
+                notes.write(json.dumps({"file": name, "fingerprint": print_, "from": record["parent"]}) + "\n")
     work.write()
     return work
 
@@ -45,16 +50,17 @@ def copy_without(small_work, path, *stages):
 
 
 def test_three_ranks_build_what_one_builds(small_work, small_input, tmp_path):
-    """Index shards differ in number by design; everything else is the same, byte for byte."""
+    """Byte for byte; only the report has figures of the run."""
     begun = WorkDir(tmp_path / "work")
     begun.settings["embedder_dtype"] = WorkDir(small_work).settings["embedder_dtype"]  # measured: may differ by load
     begun.write()
     shown = run_forked(TOOL, "--input", small_input, "--retro-work-dir", begun.path, *SMALL, ranks=3)
-    kinds = ("tokenizer", "corpus", "chunks", "embeddings", "neighbors")
-    ours, theirs = arrays(begun.path, *kinds), arrays(small_work, *kinds)
+    ours, theirs = (
+        {name: content for name, content in arrays(work, ".").items() if not name.startswith("report/")}
+        for work in (begun.path, small_work)
+    )
     assert list(ours) == list(theirs) and len(ours) > 15
     assert [name for name in ours if ours[name] != theirs[name]] == []
-    assert len(list((begun.path / "index").glob("shard-*.faiss"))) == 3
     WorkDir(begun.path).verify()
     assert "recall vs exact      @2 1.0000, @10 1.0000" in shown
 
@@ -68,11 +74,11 @@ def test_ranks_share_out_the_blocks_of_documents(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        parts = corpora._write_parts(work, source, tokenizer, strict=False)
+        parts = corpora._write_parts(work, source, tokenizer, work.unfinished("corpus"), strict=False)
         written.append([part.with_suffix(".json").exists() for part in parts])
     assert written == [[True, False, False], [True, True, False], [True, True, True]]
-    counts = merge_parts(parts, tmp_path / "three", token_dtype(tokenizer.vocab_size))
-    assert counts["documents"] == 2300
+    merge_parts(parts, tmp_path / "three", token_dtype(tokenizer.vocab_size))
+    assert count_parts(parts)["documents"] == 2300
     for ending in (".bin", ".idx"):
         assert (tmp_path / f"three{ending}").read_bytes() == (work.path / "corpus" / f"many{ending}").read_bytes()
 
@@ -96,7 +102,7 @@ print(sorted({{"torch", "faiss", "megatron", "sentencepiece", "transformers"}} &
     assert arrays(small_work, ".") == before
 
 
-def test_an_interrupted_build_goes_on_and_ends_alike(small_work, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_build_goes_on_and_ends_alike(small_work, tmp_path, monkeypatch, capfd):
     work = copy_without(small_work, tmp_path / "work", "embeddings", "index", "neighbors")
     shutil.rmtree(work.path / "index")
     files = {file.name: file for file in (work.path / "embeddings" / "my_text_data").iterdir()}
@@ -122,7 +128,7 @@ def test_an_interrupted_build_goes_on_and_ends_alike(small_work, tmp_path, monke
     assert made == [100, 100, 100, 100]  # two, the one that failed, and that one again
     assert files["300-400.npy"].stat().st_mtime_ns == kept
     files["0-100.npy"].with_name("0-100.npy.damaged").unlink()
-    assert "0-100.npy is damaged" in capsys.readouterr().err
+    assert re.search(r"0-100.npy was \S+ .* is now 5000:\S+ moved to 0-100.npy.damaged", capfd.readouterr().err)
     kinds = ("corpus", "chunks", "embeddings", "index", "neighbors")
     assert arrays(work.path, *kinds) == arrays(small_work, *kinds)
 
@@ -187,12 +193,39 @@ def test_another_input_or_tokenizer_is_refused(small_work, small_input, tmp_path
         build(small_work, "--tokenizer-model", str(small_work / "tokenizer" / "tokenizer.model"))
 
 
-def test_an_exchanged_stage_stops_the_ones_after_it(small_work, tmp_path):
-    work = copy_without(small_work, tmp_path / "work", "neighbors")
-    file = work.path / "embeddings" / "my_text_data" / "0-100.npy"
-    np.save(file, np.load(file)[::-1])
-    with pytest.raises(UserError, match=r"embeddings file .*0-100.npy was \S+ .* is now \S+"):
-        build(work.path)
+def test_damaged_files_are_made_again(small_work, tmp_path):
+    """One of every stage: set aside, made again to the byte, and nothing else is touched."""
+    work = WorkDir(shutil.copytree(small_work, tmp_path / "work"))
+    names = [next(iter(work.manifest["stages"][stage]["files"])) for stage in STAGES]
+    for name in names:
+        content = bytearray((work.path / name).read_bytes())
+        content[len(content) // 2] ^= 4
+        (work.path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"file {names[0]} was \S+ .* --verify-data full makes it again"):
+        work.verify()
+    untouched = {file: file.stat().st_mtime_ns for file in (work.path / "embeddings").rglob("*.npy")}
+    build(work.path)
+    for name in names:
+        aside = (work.path / name).with_name(f"{pathlib.Path(name).name}.damaged")
+        assert aside.exists(), name
+        aside.unlink()
+    ours, theirs = arrays(work.path, "."), arrays(small_work, ".")
+    assert [name for name in theirs if ours[name] != theirs[name] and not name.startswith("report/")] == []
+    assert set(ours) == set(theirs)
+    assert sum(file.stat().st_mtime_ns != time for file, time in untouched.items()) == 1
+
+
+def test_what_cannot_be_made_again_is_refused(small_work, tmp_path):
+    """The documents are others now: the tokens made of them would not be those of the index and the neighbors."""
+    texts = stdlib_texts(40)
+    file = write_jsonl(tmp_path / "my_text_data.jsonl", texts)
+    build(tmp_path / "work", "--input", str(file), *SMALL, *TOKENS_ONLY)
+    tokens = tmp_path / "work" / "corpus" / "my_text_data.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    write_jsonl(file, [text.swapcase() for text in texts])  # as many bytes
+    with pytest.raises(UserError, match=r"corpus/my_text_data.bin was \S+ and is \S+ when made again; restore it"):
+        build(tmp_path / "work")
+    assert "corpus" not in WorkDir(tmp_path / "work").manifest["stages"]
 
 
 def test_an_index_of_another_width_is_refused(small_work, tmp_path):
@@ -200,6 +233,7 @@ def test_an_index_of_another_width_is_refused(small_work, tmp_path):
 
     work = copy_without(small_work, tmp_path / "work", "index", "neighbors")
     faiss.write_index(faiss.IndexFlatL2(8), str(work.path / "index" / "trained.faiss"))
+    work.unfinished("index").note(work.path / "index" / "trained.faiss")
     with pytest.raises(UserError, match=r"width 8, .* width 384"):
         build(work.path, "--retro-tasks", "index-add")
 
@@ -306,8 +340,9 @@ def test_an_index_that_must_be_tuned(small_work, tmp_path):
         build(work.path, "--retro-index-str", factory, "--retro-target-recall", "0.8")
         settings = WorkDir(work.path).settings
         assert settings["tuned"]["recall"] >= 0.8 and settings["tuned"][name] >= 1
-        assert settings["measured"]["recall"]["2"] > 0.75 and settings["measured"]["ms_per_query"] > 0
-        assert settings["measured"]["bytes_per_vector"] == WorkDir(work.path).facts("index")["bytes_per_vector"] > 48
+        measured = costs.read(work)["measured"]
+        assert measured["recall"]["2"] > 0.75 and measured["ms_per_query"] > 0
+        assert measured["bytes_per_vector"] == WorkDir(work.path).facts("index")["bytes_per_vector"] > 48
 
 
 def test_a_target_that_no_setting_reaches_is_told(small_work, tmp_path, monkeypatch, capsys):
@@ -348,7 +383,7 @@ def test_several_corpora_and_megatron_data_used_in_place(small_work, tmp_path):
     assert rows[1, :56].tolist() == whole[64:].tolist()
     with open(f"{prefix}.bin", "r+b") as file:
         file.write(b"\1\0\1\0")
-    with pytest.raises(UserError, match=rf"corpus file {prefix}.bin was "):
+    with pytest.raises(UserError, match=rf"file {prefix}.bin was .* restore it from a backup"):
         work.verify(("corpus",))
 
 

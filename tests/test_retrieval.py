@@ -10,13 +10,14 @@ import pytest
 from megatron_retro.data.chunks import ChunkTable, Corpus
 from megatron_retro.errors import UserError
 from megatron_retro.retrieval import exact, join
-from megatron_retro.retrieval.blocks import RowTable, auto_block_size, is_complete, plan
+from megatron_retro.retrieval.blocks import RowTable, auto_block_size, plan
 from megatron_retro.retrieval.database import Database
 from megatron_retro.retrieval.embedding import Embedder, EmbeddingTable, chunk_texts, resolve
 from megatron_retro.retrieval.exact import ExactSearch
 from megatron_retro.retrieval.index import (
     Shards,
     choose_factory,
+    choose_num_shards,
     fill,
     inverted_lists,
     plan_shards,
@@ -272,6 +273,7 @@ def test_an_index_of_another_width_is_refused_with_both(tmp_path):
 def test_shards_cover_the_database_once(small_work):
     work = WorkDir(small_work)
     embeddings, database = EmbeddingTable(work), database_of(work)
+    assert [choose_num_shards(number) for number in (0, 10**6, 2**20, 10**9)] == [1, 1, 2, 61]
     shards = plan_shards(embeddings.blocks, 3)
     assert [block for shard in shards for block in shard] == embeddings.blocks and min(map(len, shards)) > 0
     ids = []
@@ -320,20 +322,6 @@ def test_rows_of_many_blocks(tmp_path, small_work):
     for wrong in (-1, len(whole)):
         with pytest.raises(IndexError):
             table.rows(np.array([wrong]))
-
-
-def test_a_damaged_block_is_set_aside_and_named(tmp_path, capsys):
-    path = tmp_path / "0-3.npy"
-    assert not is_complete(path, (3, 2), np.float16)
-    np.save(path, np.zeros((3, 2), np.float16))
-    assert is_complete(path, (3, 2), np.float16)
-    for content in (path.read_bytes()[:-4], b"", b"\x93NUMPY nonsense"):
-        path.write_bytes(content)
-        assert not is_complete(path, (3, 2), np.float16)
-        assert not path.exists() and (tmp_path / "0-3.npy.damaged").read_bytes() == content
-        assert f"{path} is damaged" in capsys.readouterr().err
-    np.save(path, np.zeros((3, 3), np.float16))
-    assert not is_complete(path, (3, 2), np.float16)
 
 
 def test_auto_block_size():

@@ -18,8 +18,9 @@ from megatron_retro.config.flags import parse
 from megatron_retro.config.training import PretrainConfig
 from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.errors import UserError
+from megatron_retro.storage import save_npy
 from megatron_retro.training.data import TrainingData, check_split, corpus_weights
-from megatron_retro.workdir import WorkDir, save_npy
+from megatron_retro.workdir import WorkDir
 
 ITERATIONS, SAVED = 6, 3
 SHAPE = shlex.split(
@@ -355,7 +356,7 @@ def test_an_exchanged_work_dir_is_refused(small_work: pathlib.Path, tmp_path: pa
     shutil.copytree(small_work, work)
     file = next((work / "neighbors").rglob("*.ids.npy"))
     save_npy(file, np.load(file)[::-1].copy())
-    with pytest.raises(UserError, match=rf"neighbors file .*{file.name} was .* is now "):
+    with pytest.raises(UserError, match=rf"file neighbors/.*{file.name} was .* is now "):
         TrainingData.open(str(work), retrieve=True)
     TrainingData.open(str(work), retrieve=False)  # a GPT reads no neighbors
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from megatron_retro.errors import UserError
-from megatron_retro.workdir import WorkDir, fingerprint, save_npy, write_atomically
+from megatron_retro.storage import fingerprint, save_npy, write_atomically
+from megatron_retro.workdir import WorkDir
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_an_exchanged_file_is_refused_with_both_values(copy, pattern, stage):
     file.write_bytes(content)
     with pytest.raises(UserError) as error:
         WorkDir(copy).verify()
-    assert f"{stage} file {pattern} was {was} " in str(error.value)
+    assert f"file {pattern} was {was} " in str(error.value)
     assert f"is now {fingerprint(file)}" in str(error.value)
     file.unlink()
     with pytest.raises(UserError, match="is now no such file"):
@@ -65,7 +66,7 @@ def test_stages_that_were_not_run_are_named(copy):
 
 
 def test_foreign_manifests_are_refused(tmp_path):
-    for text, reason in (("[]", "not a work dir's manifest"), ("{", "not a"), ('{"version": 99}', "has version 99")):
+    for text, reason in (("[]", "is damaged"), ("{", "is damaged"), ('{"version": 99}', "has version 99")):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=reason):
             WorkDir(tmp_path)

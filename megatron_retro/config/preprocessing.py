@@ -59,6 +59,11 @@ class WorkGroup:
         f"build (all), or a comma list in order: {','.join(TASKS)}; or one change of a finished work dir: "
         f"{' | '.join(CHANGES)}",
     )
+    verify_data: str = flag(
+        "quick",
+        "what is damaged is made again; quick: sizes, small files, samples of large ones; full: every byte",
+        choices=("quick", "full"),
+    )
     seed: int | None = flag(None, "seed of the tokenizer's, the index's and the recall sample", show="1234")
 
 

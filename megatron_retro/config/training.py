@@ -17,6 +17,11 @@ class DataConfig:
     )
     split: str | None = flag(None, "must be the work dir's; for scripts that pass it", show="the work dir's")
     seed: int = flag(1234, "of weights, sample order and dropout")
+    verify_data: str = flag(
+        "quick",
+        "of the work dir; quick: sizes, small files, samples of large ones; full: every byte",
+        choices=("quick", "full"),
+    )
     num_workers: int | None = flag(
         None,
         "processes a rank reads samples with, ahead of the step; 0: it reads them itself",
@@ -50,6 +55,7 @@ class RunConfig:
     save: str | None = flag(None, "directory for checkpoints and metrics.jsonl")
     save_interval: int | None = flag(None, "updates between checkpoints", show="at the end alone")
     load: str | None = flag(None, "directory to resume from; may equal --save and be empty")
+    ckpt_step: int | None = flag(None, "update to resume from", show="the newest")
     eval_interval: int | None = flag(None, "updates between evaluations", show="at the end alone")
     eval_iters: int = flag(10, "global batches an evaluation; 0 turns it off")
     log_interval: int = flag(10, "updates between log lines")
@@ -89,6 +95,9 @@ class PretrainConfig:
             raise UserError("--on-bad-step rewind needs --save DIR, for the checkpoints that it goes back to")
         at_least(1, self.run, "save_interval", "eval_interval", "exit_interval", "log_interval")
         at_least(0, self.data, "num_workers")
+        at_least(0, self.run, "ckpt_step")
+        if self.run.ckpt_step is not None and not self.run.load:
+            raise UserError(f"--ckpt-step {self.run.ckpt_step} needs --load DIR")
         self._finish_batch(world_size)
         self._check_ranges()
 

@@ -5,19 +5,20 @@ one rank puts the parts together in order: the same bytes for any number of rank
 """
 
 import collections
+import contextlib
 import heapq
 import json
-import os
 import pathlib
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
 from megatron_retro.data.documents import BadRecord, Record
 from megatron_retro.data.tokenizer import Tokenizer
 from megatron_retro.errors import UserError
-from megatron_retro.workdir import sync_directory, write_atomically
+from megatron_retro.storage import replacing, write_atomically
 
 _WINDOW = 1 << 20  # tokens
 
@@ -49,12 +50,13 @@ def sample_texts(records: Iterable[Record], key: str, seed: int, max_bytes: int)
     return texts
 
 
-def part_is_complete(prefix: pathlib.Path) -> bool:
-    return prefix.with_suffix(".json").exists()
+def part_files(prefix: pathlib.Path) -> list[pathlib.Path]:
+    """What `write_part` makes."""
+    return [prefix.with_suffix(suffix) for suffix in (".bin", ".idx", ".json")]
 
 
 def write_part(prefix: pathlib.Path, block: list[Record], tokenizer: Tokenizer, key: str, *, strict: bool) -> None:
-    """Tokenize one block of records into `<prefix>.bin .idx`, and what was counted into `<prefix>.json`, in that order.
+    """Tokenize one block of records into `<prefix>.bin .idx`, and what was counted into `<prefix>.json`.
 
     Raises:
         UserError: a bad record, if `strict`.
@@ -69,38 +71,28 @@ def write_part(prefix: pathlib.Path, block: list[Record], tokenizer: Tokenizer, 
     write_atomically(prefix.with_suffix(".json"), lambda file: file.write(json.dumps(counts).encode()))
 
 
-def merge_parts(parts: list[pathlib.Path], prefix: pathlib.Path, dtype: type[np.number]) -> dict:
-    """Put parts together, in order, as `<prefix>.bin .idx`.
+def merge_parts(parts: list[pathlib.Path], prefix: pathlib.Path, dtype: type[np.number]) -> None:
+    """Put parts together, in order, as `<prefix>.bin .idx`."""
+    with _building(prefix, dtype) as builder:
+        for part in parts:
+            builder.add_index(str(part))
 
-    Returns:
-        The parts' counts, summed: `documents`, `tokens`, `skipped` (reason -> records).
-    """
-    builder = _Builder(prefix, dtype)
+
+def count_parts(parts: list[pathlib.Path]) -> dict[str, Any]:
+    """What was counted in all parts: `documents`, `tokens`, `skipped` (reason -> records)."""
     documents, tokens, skipped = 0, 0, collections.Counter[str]()
     for part in parts:
         counts = json.loads(part.with_suffix(".json").read_text())
         documents, tokens = documents + counts["documents"], tokens + counts["tokens"]
         skipped.update(counts["skipped"])
-        builder.add_part(part)
-    builder.finish()
     return {"documents": documents, "tokens": tokens, "skipped": dict(sorted(skipped.items()))}
 
 
 def write_documents(prefix: pathlib.Path, documents: Iterable[np.ndarray], dtype: type[np.number]) -> None:
     """Write documents, one row of token ids each (empty ones keep their place), as `<prefix>.bin .idx`."""
-    builder = _Builder(prefix, dtype)
-    for document in documents:
-        builder.add(document)
-    builder.finish()
-
-
-def remove_parts(parts: list[pathlib.Path]) -> None:
-    """Remove parts that were merged (files that this module made)."""
-    for part in parts:
-        for suffix in (".json", ".idx", ".bin"):
-            part.with_suffix(suffix).unlink(missing_ok=True)
-    for directory in {part.parent for part in parts}:
-        directory.rmdir()
+    with _building(prefix, dtype) as builder:
+        for document in documents:
+            builder.add_document(document, [len(document)])
 
 
 def check_token_ids(name: str, tokens: np.ndarray, vocab_size: int, max_windows: int = 64) -> None:
@@ -134,27 +126,15 @@ def _texts(block: list[Record], key: str, *, strict: bool) -> tuple[list[str], c
     return texts, skipped
 
 
-class _Builder:
-    """megatron-core's builder, writing under temporary names."""
+@contextlib.contextmanager
+def _building(prefix: pathlib.Path, dtype: type[np.number]) -> Iterator[Any]:
+    """megatron-core's builder of `<prefix>.bin .idx`, writing under temporary names."""
+    from megatron_retro.mcore import IndexedDatasetBuilder
 
-    def __init__(self, prefix: pathlib.Path, dtype: type[np.number]):
-        from megatron_retro.mcore import IndexedDatasetBuilder
-
-        self.prefix = prefix
-        self._ending = f".tmp{os.getpid()}"
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._builder = IndexedDatasetBuilder(f"{prefix}.bin{self._ending}", dtype=dtype)
-
-    def add(self, tokens: np.ndarray) -> None:
-        self._builder.add_document(tokens, [len(tokens)])
-
-    def add_part(self, prefix: pathlib.Path) -> None:
-        self._builder.add_index(str(prefix))
-
-    def finish(self) -> None:
-        self._builder.finalize(f"{self.prefix}.idx{self._ending}")
-        for suffix in (".bin", ".idx"):
-            with open(f"{self.prefix}{suffix}{self._ending}", "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(f"{self.prefix}{suffix}{self._ending}", f"{self.prefix}{suffix}")
-        sync_directory(self.prefix.parent)
+    with replacing(pathlib.Path(f"{prefix}.bin")) as tokens, replacing(pathlib.Path(f"{prefix}.idx")) as index:
+        builder = IndexedDatasetBuilder(str(tokens), dtype=dtype)
+        try:
+            yield builder
+            builder.finalize(str(index))
+        finally:
+            builder.data_file.close()

@@ -23,9 +23,10 @@ from megatron_retro.evaluation.table import table
 from megatron_retro.evaluation.text import TextEvaluation
 from megatron_retro.inference.loading import Trained, check_same_tokenizer, load_trained
 from megatron_retro.retrieval.progress import Progress
+from megatron_retro.storage import check_writable, write_atomically
 from megatron_retro.training import checkpoint
 from megatron_retro.training.data import TrainingData
-from megatron_retro.workdir import WorkDir, check_writable, write_atomically
+from megatron_retro.workdir import WorkDir
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     # ---- the model that reads, and what it reads
     trained = load_trained(given.load, parallel)
     retro = _retro_of(trained, given)
-    data = distributed.together(lambda: TrainingData.open(work_dir, retrieve=retro is not None))
+    data = TrainingData.open(work_dir, retrieve=retro is not None)
     check_same_tokenizer(trained, data.tokenizer_digest, data.table.chunk_length, work_dir)
     if retro:
         parallel.check_retrieved_length(2 * data.table.chunk_length)
@@ -100,7 +101,7 @@ def _check_gpt(directory: str, data: TrainingData, work_dir: str, seq_length: in
     """Refuse what cannot be compared with before hours of evaluation."""
     path = checkpoint.find(directory)
     if path is None:
-        raise UserError(f"--gpt {directory} holds no checkpoint (no latest_checkpointed_iteration.txt)")
+        raise UserError(f"--gpt {directory} holds no checkpoint")
     state = checkpoint.read_state(path)
     model, retro = checkpoint.model_config_of(state)
     if retro:
@@ -140,7 +141,7 @@ def _text(
     corpora = DataConfig(data_path=given.data_path)
     samples = data.samples(given.split, corpora, retro, seq_length=seq_length, num_samples=None, training=False)
     number, other_path, num_neighbors = len(samples), given.also_db, retro.retro_num_neighbors if retro else 0
-    other = distributed.together(lambda: OtherDatabase(other_path, work)) if other_path else None
+    other = OtherDatabase.open(other_path, work) if other_path else None
     if other and num_neighbors > other.num_neighbors:
         raise UserError(
             f"--retro-num-neighbors {num_neighbors} is more than the {other.num_neighbors} that --also-db {other_path} "

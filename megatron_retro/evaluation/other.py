@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_retro import distributed
 from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.data.samples import Batch, Samples, repeats
 from megatron_retro.errors import UserError
@@ -25,25 +26,31 @@ _CHUNKS_AT_ONCE = 32_768  # queries that share one pass over the index
 class OtherDatabase:
     """An opened database, ready to be searched for chunks of `work`.
 
-    Args:
-        path: the other work dir (`--also-db`).
-        work: the work dir whose chunks are evaluated.
-
     Attributes:
         table: the other work dir's chunks.
         num_neighbors: neighbors found for each chunk, as many as that work dir saves.
-
-    Raises:
-        UserError: there is none, it is not finished, or tokenizer, chunk length or embedder differ.
     """
 
-    def __init__(self, path: str, work: WorkDir):
+    @classmethod
+    def open(cls, path: str, work: WorkDir) -> "OtherDatabase":
+        """Verify and open; every rank calls it.
+
+        Args:
+            path: the other work dir (`--also-db`).
+            work: the work dir whose chunks are evaluated.
+
+        Raises:
+            UserError: there is none, it is not finished, or tokenizer, chunk length or embedder differ.
+        """
         if not (pathlib.Path(path) / "manifest.json").exists():
             raise UserError(
                 f"--also-db {path} holds no manifest.json; tools/preprocess_retro_data.py builds a work dir"
             )
-        other = WorkDir(path)
+        other = distributed.together(lambda: WorkDir(path))
         other.verify(STAGES)
+        return distributed.together(lambda: cls(other, work))
+
+    def __init__(self, other: WorkDir, work: WorkDir):
         _check_alike(work, other)
         index, self._kind = OpenIndex.open(other), other.settings["retro_retriever"]
         self._tokenizer, self._embeddings = open_tokenizer(work), EmbeddingTable(work)

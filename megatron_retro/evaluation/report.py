@@ -9,7 +9,7 @@ from megatron_retro import webpage
 from megatron_retro.errors import UserError
 from megatron_retro.evaluation import charts
 from megatron_retro.evaluation.table import NAMES, interval
-from megatron_retro.workdir import write_atomically
+from megatron_retro.storage import write_atomically
 
 _TEMPLATE = pathlib.Path(__file__).with_suffix(".html")
 _SHOWN_QUESTIONS = 50

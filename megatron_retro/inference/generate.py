@@ -17,8 +17,9 @@ from megatron_retro.inference.reader import Reader, open_reader
 from megatron_retro.inference.writer import Choice, Event, Writer
 from megatron_retro.retrieval.corpora import open_tokenizer
 from megatron_retro.retrieval.described import describe_neighbors
+from megatron_retro.storage import check_writable, write_atomically
 from megatron_retro.terminal import BOLD, DIM, PLAIN, printable, width
-from megatron_retro.workdir import STAGES, WorkDir, check_writable, write_atomically
+from megatron_retro.workdir import STAGES, WorkDir
 
 _KEPT = "\n\t"  # of the white space in texts
 
@@ -111,6 +112,7 @@ def open_trained(load: str, work_dir: str, parallel: ParallelConfig) -> tuple[Wo
         timeout_minutes=parallel.distributed_timeout_minutes,
     )
     work = distributed.together(lambda: _open_work_dir(work_dir))
+    work.verify(STAGES)
     trained = load_trained(load, parallel)
     table, tokenizer = distributed.together(lambda: (ChunkTable.open(work), open_tokenizer(work)))
     check_same_tokenizer(trained, work.manifest["stages"]["tokenizer"]["digest"], table.chunk_length, work_dir)
@@ -137,9 +139,7 @@ def make_writer(
 def _open_work_dir(path: str) -> WorkDir:
     if not (pathlib.Path(path) / "manifest.json").exists():
         raise UserError(f"--retro-work-dir {path} holds no manifest.json; tools/preprocess_retro_data.py builds one")
-    work = WorkDir(path)
-    work.verify(STAGES)
-    return work
+    return WorkDir(path)
 
 
 class Text:

@@ -34,9 +34,9 @@ def load_trained(load: str, parallel: ParallelConfig) -> Trained:
     Raises:
         UserError: there is none, or the layout does not fit the model.
     """
-    path = distributed.together(lambda: checkpoint.find(load))
+    path = checkpoint.find_sound(load)
     if path is None:
-        raise UserError(f"--load {load} holds no checkpoint (no latest_checkpointed_iteration.txt)")
+        raise UserError(f"--load {load} holds no checkpoint")
     state = checkpoint.read_state(path)
     model, retro = checkpoint.model_config_of(state)
     parallel.bf16 = parallel.bf16 or bool(state.config.get("bf16"))

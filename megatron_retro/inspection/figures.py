@@ -10,6 +10,7 @@ import numpy as np
 from megatron_retro.config.preprocessing import CHANGES, TASKS
 from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.inspection.sample import Sample
+from megatron_retro.retrieval import costs
 from megatron_retro.retrieval.progress import duration
 from megatron_retro.workdir import WorkDir
 
@@ -66,7 +67,8 @@ def _retrieval(work: WorkDir) -> Rows:
 
 
 def _cost(work: WorkDir) -> Rows:
-    seconds, memory = work.settings.get("seconds", {}), work.settings.get("peak_memory_mb", {})
+    spent = costs.read(work)
+    seconds, memory = spent.get("seconds", {}), spent.get("peak_memory_mb", {})
     tasks = [task for task in (*TASKS, *CHANGES) if task in seconds]
     rows = [(task, duration(seconds[task]) + (f", {memory[task]:,} MB" if task in memory else "")) for task in tasks]
     rows.append(("in all", duration(sum(seconds[task] for task in tasks))))

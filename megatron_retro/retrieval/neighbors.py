@@ -19,7 +19,7 @@ class NeighborTable:
 
     def __init__(self, work: WorkDir):
         self.num_neighbors: int = work.facts("neighbors")["num_neighbors"]
-        blocks = plan(work, work.facts("embeddings")["block_size"])
+        blocks = plan(work, work.facts("neighbors")["block_size"])
         self._ids = RowTable(work, "neighbors", blocks, ".ids.npy")
         self._distances = RowTable(work, "neighbors", blocks, ".distances.npy")
 

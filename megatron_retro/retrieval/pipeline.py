@@ -10,10 +10,11 @@ import time
 from megatron_retro import distributed
 from megatron_retro.config.preprocessing import CHANGES, PreprocessConfig, check_given
 from megatron_retro.errors import UserError
-from megatron_retro.retrieval import stages
-from megatron_retro.retrieval.corpora import check_sources, tokenize
+from megatron_retro.retrieval import costs, stages
+from megatron_retro.retrieval.corpora import check_sources, remove_parts, tokenize
 from megatron_retro.retrieval.progress import duration, forget_peak_memory, peak_memory, say
-from megatron_retro.workdir import NEXT, WorkDir, check_writable
+from megatron_retro.storage import check_writable
+from megatron_retro.workdir import NEXT, STAGES, WorkDir
 
 _HOURS_A_TASK = 7 * 24  # a rank may wait so long for the slowest one
 
@@ -28,28 +29,24 @@ def preprocess(config: PreprocessConfig) -> None:
     Raises:
         UserError: bad input or flags, on every rank.
     """
-    work = WorkDir(config.work.retro_work_dir or "")
+    work = WorkDir(config.work.retro_work_dir or "", full=config.work.verify_data == "full")
     check_given(config, work)
-    if config.tasks()[0] in CHANGES:
-        from megatron_retro.retrieval.changes import change
-
-        _start(work)
-        before = work.manifest
-        change(work, config)
-        after = WorkDir(work.path)
-        if after.manifest != before:
-            _summarize(after)
-        return
+    is_change = config.tasks()[0] in CHANGES
+    if not is_change:
+        check_sources(config, work)
+    distributed.init_gloo(timeout_minutes=60 * _HOURS_A_TASK)
+    distributed.together(lambda: check_writable("--retro-work-dir", work.path))
+    if is_change:
+        return _change(work, config)
     if (work.path / NEXT).exists():
-        unfinished = WorkDir(work.path, NEXT).settings["change"]["task"]
-        say(f"note: an unfinished {unfinished} waits in {work.path}; --retro-tasks {unfinished} goes on with it")
-    check_sources(config, work)
-    todo = [task for task in config.tasks() if not is_done(work, task)]
-    if not todo:
+        waiting = WorkDir(work.path, NEXT).settings["change"]["task"]
+        say(f"note: an unfinished {waiting} waits in {work.path}; --retro-tasks {waiting} goes on with it")
+    _set_damaged_aside(work)
+    todo = distributed.all_gather([task for task in config.tasks() if not is_done(work, task)])[0]
+    if not todo and _is_summarized(work):
         say(f"nothing to do: {', '.join(config.tasks())} finished in {work.path}")
         return
-    _start(work)
-    todo = distributed.all_gather(todo)[0]
+    _use_cores()
     width = distributed.together(lambda: stages.check_engines(work, config, todo) if distributed.rank() == 0 else None)
     for task in todo:
         _run(task, work, config)
@@ -58,20 +55,46 @@ def preprocess(config: PreprocessConfig) -> None:
     _summarize(work)
 
 
+def _change(work: WorkDir, config: PreprocessConfig) -> None:
+    from megatron_retro.retrieval.changes import change
+
+    _use_cores()
+    work.verify(tuple(work.manifest["stages"]))
+    before = work.manifest
+    change(work, config)
+    after = WorkDir(work.path)
+    if after.manifest != before:
+        _summarize(after)
+
+
+def _set_damaged_aside(work: WorkDir) -> None:
+    """What is not what it was gets another name, and is made again by its task."""
+    recorded = tuple(stage for stage in STAGES if work.has(stage))
+    damaged = work.damaged(recorded)
+    if damaged:
+        work.on_rank_0(lambda: work.set_damaged_aside(damaged))
+    distributed.together(lambda: work.check_chain(tuple(stage for stage in recorded if work.has(stage))))
+    if not (work.path / NEXT).exists():
+        work.on_rank_0(lambda: _tidy(work))
+
+
+def _tidy(work: WorkDir) -> None:
+    """Remove what a crash right behind the end of a task has left."""
+    work.tidy()
+    if work.has("corpus"):
+        remove_parts(work)
+
+
 def is_done(work: WorkDir, task: str) -> bool:
     if task == "index-train":
-        return work.has("index") or stages.trained_index(work).exists()
-    return work.has(_STAGE[task])
+        return stages.is_trained(work)
+    return work.has(_STAGE[task]) and (task != "tokenize" or work.has("tokenizer"))
 
 
-def _start(work: WorkDir) -> None:
-    """Join the ranks, and check what there is."""
-    distributed.init_gloo(timeout_minutes=60 * _HOURS_A_TASK)
+def _use_cores() -> None:
     import faiss
 
     faiss.omp_set_num_threads(distributed.use_this_ranks_share())
-    distributed.together(lambda: check_writable("--retro-work-dir", work.path))
-    work.on_rank_0(lambda: work.verify(tuple(work.manifest["stages"])))
 
 
 def _run(task: str, work: WorkDir, config: PreprocessConfig) -> None:
@@ -99,10 +122,13 @@ def _run(task: str, work: WorkDir, config: PreprocessConfig) -> None:
 
 
 def _record_cost(work: WorkDir, task: str, more: float, peak: int) -> None:
-    seconds, memory = work.settings.setdefault("seconds", {}), work.settings.setdefault("peak_memory_mb", {})
-    seconds[task] = round(seconds.get(task, 0) + more, 1)
-    memory[task] = max(memory.get(task, 0), round(peak / 1e6))
-    work.write()
+    before = costs.read(work)
+    costs.note(work, "seconds", **{task: round(before.get("seconds", {}).get(task, 0) + more, 1)})
+    costs.note(work, "peak_memory_mb", **{task: max(before.get("peak_memory_mb", {}).get(task, 0), round(peak / 1e6))})
+
+
+def _is_summarized(work: WorkDir) -> bool:
+    return not work.has("neighbors") or (work.path / "report" / "summary.json").exists()
 
 
 def _summarize(work: WorkDir) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 from megatron_retro import distributed
 from megatron_retro.config.preprocessing import PreprocessConfig, settle
 from megatron_retro.data.chunks import ChunkTable
-from megatron_retro.retrieval.blocks import Advance, Block, is_complete, make_blocks
+from megatron_retro.retrieval import costs
+from megatron_retro.retrieval.blocks import Advance, make_blocks, plan
 from megatron_retro.retrieval.database import Database
 from megatron_retro.retrieval.embedding import EmbeddingTable
 from megatron_retro.retrieval.index import Shards
@@ -19,10 +20,11 @@ from megatron_retro.retrieval.progress import say
 from megatron_retro.retrieval.ranking import Search, check_neighbors
 from megatron_retro.retrieval.retriever import DenseRetriever, Retriever
 from megatron_retro.retrieval.stages import open_database, shard_path
-from megatron_retro.workdir import WorkDir, save_npy
+from megatron_retro.storage import save_npy, set_aside
+from megatron_retro.workdir import WorkDir
 
-_CHUNKS_AT_ONCE = 32_768  # queries that share one pass over the index
-_ENDINGS = ((".distances.npy", np.float32), (".ids.npy", np.int64))
+_CHUNKS_AT_ONCE = 32_768  # queries that share one pass over the index are a block, or more
+ENDINGS = (".distances.npy", ".ids.npy")
 
 
 @dataclasses.dataclass
@@ -101,41 +103,47 @@ def query(work: WorkDir, config: PreprocessConfig, saved: "Saved | None" = None)
     retriever = distributed.together(index.retriever)
     if saved:
         saved.prepare(index, k)
-    blocks, seconds, queries = index.embeddings.blocks, 0.0, 0
+    blocks, seconds, queries = plan(work, work.settings["neighbors_block_size"]), 0.0, 0
+    unfinished = distributed.together(lambda: work.unfinished("neighbors"))
 
     def make(numbers: list[int], advance: Advance) -> None:
         nonlocal seconds, queries
-        start = time.monotonic()
-        some = [blocks[number] for number in numbers]
-        ids, distances = _neighbors(index, retriever, saved, some, k)
-        bounds = np.cumsum([len(block) for block in some])[:-1]
-        for block, *rows in zip(some, np.split(distances, bounds), np.split(ids, bounds), strict=True):
-            for (ending, _), array in zip(_ENDINGS, rows, strict=True):
-                save_npy(block.path(work, "neighbors", ending), array)
-        seconds, queries = seconds + time.monotonic() - start, queries + len(ids)
-        advance(len(ids))
+        for number in numbers:
+            start = time.monotonic()
+            ids, distances = _neighbors(index, retriever, saved, blocks[number].ids, k)
+            for path, array in zip(files_of(number), (distances, ids), strict=True):
+                save_npy(path, array)
+            unfinished.note(*files_of(number))
+            seconds, queries = seconds + time.monotonic() - start, queries + len(ids)
+            advance(len(ids))
 
-    def is_made(number: int) -> bool:
-        block = blocks[number]
-        return all([is_complete(block.path(work, "neighbors", end), (len(block), k), dtype) for end, dtype in _ENDINGS])
+    def files_of(number: int) -> list[pathlib.Path]:
+        return [blocks[number].path(work, "neighbors", ending) for ending in ENDINGS]
 
-    make_blocks("query-neighbors", [len(block) for block in blocks], is_made, make, _CHUNKS_AT_ONCE)
-    costs = distributed.all_gather((seconds, queries))
-    files = [block.path(work, "neighbors", ending) for block in blocks for ending, _ in _ENDINGS]
-    work.on_rank_0(lambda: _commit(work, files, k, sum(cost[0] for cost in costs), sum(cost[1] for cost in costs)))
+    sizes = [len(block) for block in blocks]
+    make_blocks("query-neighbors", sizes, lambda number: unfinished.has(*files_of(number)), make)
+    spent = distributed.all_gather((seconds, queries))
+    files = [path for number in range(len(blocks)) for path in files_of(number)]
+    work.on_rank_0(lambda: _commit(work, files, k, *map(sum, zip(*spent, strict=True))))
 
 
 def _settle(work: WorkDir, config: PreprocessConfig) -> None:
     work.facts("index")
     settle(config, work, "query-neighbors")
+    settings = work.settings
+    settings.setdefault(
+        "neighbors_block_size",
+        settings.get("retro_block_size") or max(work.facts("embeddings")["block_size"], _CHUNKS_AT_ONCE),
+    )
     work.write()
 
 
 def _commit(work: WorkDir, files: list[Any], k: int, seconds: float, queries: int) -> None:
     if queries:
-        work.settings.setdefault("measured", {})["ms_per_query"] = round(1000 * seconds / queries, 4)
+        costs.note(work, "measured", ms_per_query=round(1000 * seconds / queries, 4))
     kind = work.settings["retro_retriever"]
     facts = {"num_neighbors": k, "retriever": kind, "nprobe": work.settings["tuned"].get("nprobe")}
+    facts["block_size"] = work.settings["neighbors_block_size"]
     words = bm25_directory(work)
     more = sorted(path for path in words.rglob("*") if path.is_file()) if kind != "dense" else []
     work.commit("neighbors", facts, files + more)
@@ -146,17 +154,19 @@ def _build_words(index: OpenIndex) -> None:
     from megatron_retro.retrieval.lexical import Bm25Index
     from megatron_retro.retrieval.progress import Progress
 
-    directory = bm25_directory(index.work)
+    directory, prints = bm25_directory(index.work), index.work.unfinished("neighbors").prints
+    recorded = [path for path in map(index.work.path.joinpath, prints) if path.is_relative_to(directory)]
+    if directory.exists() and not all(path.exists() for path in recorded):
+        set_aside(directory)
     if not directory.exists():
         with Progress("words", len(index.database), "chunks") as progress:
             Bm25Index.build(directory, index.table, open_tokenizer(index.work), index.database, progress.advance)
 
 
 def _neighbors(
-    index: OpenIndex, retriever: Retriever, saved: "Saved | None", blocks: list[Block], k: int
+    index: OpenIndex, retriever: Retriever, saved: "Saved | None", chunks: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and distances [n, k] of the chunks of some blocks, checked."""
-    chunks = np.concatenate([block.ids for block in blocks])
+    """Ids and distances [n, k] of chunks [n], checked."""
     if saved:
         ids, distances = saved.update(index, retriever, chunks, k)
     else:

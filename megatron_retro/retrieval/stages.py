@@ -10,10 +10,10 @@ from typing import Any
 from megatron_retro import distributed
 from megatron_retro.config.preprocessing import DEFAULTS, PreprocessConfig, settle, split_weights
 from megatron_retro.errors import UserError
-from megatron_retro.retrieval.blocks import Advance, auto_block_size, is_complete, make_blocks, plan
+from megatron_retro.retrieval.blocks import Advance, auto_block_size, make_blocks, plan
 from megatron_retro.retrieval.corpora import open_tokenizer
 from megatron_retro.retrieval.progress import say
-from megatron_retro.workdir import WorkDir
+from megatron_retro.workdir import Unfinished, WorkDir
 
 
 def check_engines(work: WorkDir, config: PreprocessConfig, todo: list[str]) -> int | None:
@@ -48,7 +48,7 @@ def check_index(work: WorkDir, config: PreprocessConfig, todo: list[str], width:
     """
     from megatron_retro.retrieval.index import check_factory, check_size, choose_factory
 
-    if width is None or work.has("index") or trained_index(work).exists():
+    if width is None or is_trained(work):
         return
     factory = _setting(work, config, "retro_index_str")
     if work.has("chunks") and "index-train" in todo:
@@ -74,7 +74,7 @@ def build_chunks(work: WorkDir, config: PreprocessConfig) -> None:
 def _commit_chunks(work: WorkDir, config: PreprocessConfig) -> None:
     from megatron_retro.data.chunks import ChunkTable, open_corpora
     from megatron_retro.retrieval.database import Database
-    from megatron_retro.workdir import load_npy, save_npy
+    from megatron_retro.storage import load_npy, save_npy
 
     settle(config, work, "db-build")
     length, weights = work.settings["retro_chunk_length"], split_weights(work.settings["split"])
@@ -110,11 +110,12 @@ def embed(work: WorkDir, config: PreprocessConfig) -> None:
 
     from megatron_retro.data.chunks import ChunkTable
     from megatron_retro.retrieval.embedding import Embedder, chunk_texts
-    from megatron_retro.workdir import save_npy
+    from megatron_retro.storage import save_npy
 
     work.on_rank_0(lambda: _settle_embedder(work, config))
     settings, batch_size = work.settings, config.retrieval.retro_embedder_batch_size
     blocks = plan(work, settings["embedded_block_size"])
+    unfinished = distributed.together(lambda: work.unfinished("embeddings"))
     embedder = distributed.together(
         lambda: Embedder(settings["retro_embedder"], settings["embedder_dtype"], batch_size)
     )
@@ -126,12 +127,12 @@ def embed(work: WorkDir, config: PreprocessConfig) -> None:
 
         def write(number: int, embeddings: np.ndarray) -> None:
             save_npy(blocks[number].path(work, "embeddings"), embeddings)
+            unfinished.note(blocks[number].path(work, "embeddings"))
 
         embedder.embed_blocks(numbers, texts, write, advance)
 
     def is_made(number: int) -> bool:
-        path = blocks[number].path(work, "embeddings")
-        return is_complete(path, (len(blocks[number]), embedder.width), np.float16)
+        return unfinished.has(blocks[number].path(work, "embeddings"))
 
     sizes = [len(block) for block in blocks]
     make_blocks("embed", sizes, is_made, make, chunks_at_once=sum(sizes))
@@ -183,6 +184,14 @@ def trained_index(work: WorkDir) -> pathlib.Path:
     return work.directory("index") / "trained.faiss"
 
 
+def is_trained(work: WorkDir) -> bool:
+    """Whether the index is trained, or was even filled."""
+    if work.has("index") or not work.has("embeddings"):
+        return work.has("index")
+    trained = trained_index(work)
+    return trained.exists() and work.name(trained) in work.unfinished("index").prints
+
+
 def train_index(work: WorkDir, config: PreprocessConfig) -> None:
     work.on_rank_0(lambda: _write_trained(work, config))
 
@@ -205,6 +214,7 @@ def _write_trained(work: WorkDir, config: PreprocessConfig) -> None:
     work.settings["index_factory"] = factory
     work.write()
     index.write_index(trained_index(work), trained)
+    work.unfinished("index").note(trained_index(work))
 
 
 def _half_of_memory() -> float:
@@ -217,8 +227,8 @@ def fill_index(work: WorkDir, config: PreprocessConfig) -> None:
     from megatron_retro.retrieval.index import fill, read_index, write_index
 
     trained = trained_index(work)
-    if not trained.exists():
-        raise UserError(f"--retro-work-dir {work.path} has no trained index; --retro-tasks index-train comes first")
+    unfinished = distributed.together(lambda: work.unfinished("index"))
+    distributed.together(lambda: _check_trained(work, unfinished) if distributed.rank() == 0 else None)
     width = work.facts("embeddings")["width"]
     work.on_rank_0(lambda: _settle_shards(work))
     _, embeddings, database = distributed.together(lambda: open_database(work))
@@ -230,10 +240,11 @@ def fill_index(work: WorkDir, config: PreprocessConfig) -> None:
             index = read_index(trained, width)
             fill(index, shards[number], embeddings, database, advance)
             write_index(shard_path(work, *ranges[number]), index)
+            unfinished.note(shard_path(work, *ranges[number]))
 
     sizes = [sum(map(len, shard)) for shard in shards]
     distributed.together(lambda: read_index(trained, width) and None)
-    make_blocks("index-add", sizes, lambda number: shard_path(work, *ranges[number]).exists(), make)
+    make_blocks("index-add", sizes, lambda number: unfinished.has(shard_path(work, *ranges[number])), make)
     paths = [shard_path(work, *shard) for shard in ranges]
     num_bytes = sum(path.stat().st_size for path in paths)
     facts = {
@@ -246,15 +257,21 @@ def fill_index(work: WorkDir, config: PreprocessConfig) -> None:
     work.on_rank_0(lambda: work.commit("index", facts, [trained, *paths]))
 
 
+def _check_trained(work: WorkDir, unfinished: Unfinished) -> None:
+    if not unfinished.has(trained_index(work)):
+        raise UserError(f"--retro-work-dir {work.path} has no trained index; --retro-tasks index-train comes first")
+
+
 def _settle_shards(work: WorkDir) -> None:
-    """As many shards as ranks at the first run, so that a later one can go on with any number of ranks."""
+    """Shards follow from the chunks alone, so that a later run can go on with any number of ranks."""
     from megatron_retro.retrieval.embedding import EmbeddingTable
-    from megatron_retro.retrieval.index import plan_shards
+    from megatron_retro.retrieval.index import choose_num_shards, plan_shards
 
     planned = work.settings.setdefault("index_shards", [])
     covered = planned[-1][1] if planned else 0
     blocks = [block for block in EmbeddingTable(work).blocks if block.first >= covered]
-    for shard in plan_shards(blocks, min(distributed.world_size(), len(blocks))) if blocks else []:
+    num_shards = min(len(blocks), choose_num_shards(sum(map(len, blocks))))
+    for shard in plan_shards(blocks, num_shards) if blocks else []:
         planned.append([shard[0].first, shard[-1].first + len(shard[-1])])
     work.write()
 

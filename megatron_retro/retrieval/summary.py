@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 
 from megatron_retro import distributed, mcore
+from megatron_retro.retrieval import costs
 from megatron_retro.retrieval.neighbors import NeighborTable
 from megatron_retro.retrieval.progress import duration, say
 from megatron_retro.retrieval.query import OpenIndex
 from megatron_retro.retrieval.ranking import recall
 from megatron_retro.retrieval.tuning import sample_truth
-from megatron_retro.workdir import WorkDir, write_atomically
+from megatron_retro.storage import write_atomically
+from megatron_retro.workdir import WorkDir
 
 _RECALL_AT = (2, 10)
 _ROWS = 1 << 18
@@ -31,9 +33,8 @@ def _write(index: OpenIndex, recalls: dict[str, float]) -> None:
     skipped: collections.Counter = collections.Counter()
     for corpus in work.facts("corpus")["corpora"]:
         skipped.update(corpus["skipped"])
-    measured = work.settings.setdefault("measured", {})
-    measured |= {"recall": recalls, "bytes_per_vector": work.facts("index")["bytes_per_vector"]}
-    work.write()
+    costs.note(work, "measured", recall=recalls, bytes_per_vector=work.facts("index")["bytes_per_vector"])
+    spent = costs.read(work)
     summary = {
         "documents": chunks["documents"],
         "removed_documents": chunks["removed_documents"],
@@ -47,9 +48,9 @@ def _write(index: OpenIndex, recalls: dict[str, float]) -> None:
         "index": work.facts("index"),
         "retriever": work.settings["retro_retriever"],
         "tuned": work.settings["tuned"],
-        **measured,
+        **spent["measured"],
         "share_with_fewer_neighbors": _share_with_fewer(NeighborTable(work), chunks["chunks"]),
-        "seconds": work.settings.get("seconds", {}),
+        "seconds": spent.get("seconds", {}),
     }
     text = json.dumps(summary, indent=1)
     write_atomically(work.path / "report" / "summary.json", lambda file: file.write(text.encode()))

@@ -19,8 +19,8 @@ import numpy as np
 
 from megatron_retro import distributed, mcore
 from megatron_retro.data.samples import Samples
+from megatron_retro.storage import write_atomically
 from megatron_retro.training.step import Step
-from megatron_retro.workdir import write_atomically
 
 MOST_IN_A_ROW = 10  # bad steps, after which no policy helps
 

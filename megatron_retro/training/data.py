@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+from megatron_retro import distributed
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.training import DataConfig
 from megatron_retro.data.chunks import ChunkTable
@@ -33,14 +34,22 @@ class TrainingData:
     digest: str
 
     @classmethod
-    def open(cls, work_dir: str, *, retrieve: bool) -> "TrainingData":
-        """Open and verify; a GPT needs no index or neighbors.
+    def open(cls, work_dir: str, *, retrieve: bool, verify: str = "quick") -> "TrainingData":
+        """Verify and open; every rank calls it. A GPT needs no index or neighbors.
+
+        Args:
+            verify: "full" reads every byte.
 
         Raises:
             UserError: a stage is missing, or something was exchanged since it was built.
         """
-        work = open_work_dir(work_dir)
+        work = distributed.together(lambda: open_work_dir(work_dir))
+        work.full = verify == "full"
         work.verify(STAGES if retrieve else STAGES[: STAGES.index("chunks") + 1])
+        return distributed.together(lambda: cls._of(work, retrieve))
+
+    @classmethod
+    def _of(cls, work: WorkDir, retrieve: bool) -> "TrainingData":
         neighbors = None
         if retrieve:
             from megatron_retro.retrieval.neighbors import NeighborTable

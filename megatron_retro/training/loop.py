@@ -16,6 +16,7 @@ from megatron_retro.data.samples import Samples
 from megatron_retro.errors import UserError
 from megatron_retro.model.flops import multiply_adds
 from megatron_retro.model.model import padded_vocab_size
+from megatron_retro.storage import check_writable
 from megatron_retro.training import bad_steps, checkpoint
 from megatron_retro.training.data import TrainingData, check_split
 from megatron_retro.training.evaluation import sample_losses
@@ -25,7 +26,6 @@ from megatron_retro.training.prefetch import BatchSource, Prefetched
 from megatron_retro.training.step import Step, make_model_and_optimizer, microbatches, train_step
 from megatron_retro.training.stopping import StopRequest, TimeLimit
 from megatron_retro.training.timing import StepClock, speed_figures
-from megatron_retro.workdir import check_writable
 
 
 def train(config: PretrainConfig, started: float) -> None:
@@ -54,7 +54,7 @@ def train(config: PretrainConfig, started: float) -> None:
     # ---- data
     assert config.retro.retro_work_dir and config.model.seq_length
     work_dir = config.retro.retro_work_dir
-    data = distributed.together(lambda: TrainingData.open(work_dir, retrieve=config.active_retro is not None))
+    data = TrainingData.open(work_dir, retrieve=config.active_retro is not None, verify=config.data.verify_data)
     check_split(config.data.split, data.split_weights)
     if config.active_retro:
         parallel.check_retrieved_length(2 * data.table.chunk_length)
@@ -79,10 +79,12 @@ def train(config: PretrainConfig, started: float) -> None:
     iteration = consumed_samples = 0
     newest, saved_iteration = None, -1  # the checkpoint loaded or saved last; what --save holds
     watch = bad_steps.LossWatch([], 0)
-    if run.load and (found := distributed.together(lambda: _checkpoint(config))):
+    if run.load and (found := _checkpoint(config)):
         state = checkpoint.read_state(found)
         checkpoint.check_same_run(state, config, vocab_size, chunk_length, data.digest)
         mcore.load_state(model, optimizer, str(found))
+        if run.load == run.save:
+            distributed.together(functools.partial(checkpoint.set_newer_aside, found))
         iteration, consumed_samples = state.iteration, state.consumed_samples
         newest, saved_iteration = found, iteration if run.load == run.save else -1
         losses = state.losses if checkpoint.trains_alike(state, config) else []
@@ -150,6 +152,7 @@ def train(config: PretrainConfig, started: float) -> None:
             raise UserError(last_words)
         if run.on_bad_step == "rewind":
             assert newest
+            checkpoint.verify(newest)
             state = checkpoint.read_state(newest)
             mcore.load_state(model, optimizer, str(newest))
             watch = bad_steps.LossWatch(state.losses, watch.in_a_row)
@@ -278,13 +281,11 @@ def _why_exit(step: Step, exit_interval: int | None, steps_done: int) -> str | N
 
 def _checkpoint(config: PretrainConfig) -> Any:
     """The checkpoint to resume from; None for a run that starts in its own empty --save directory."""
-    assert config.run.load
-    found = checkpoint.find(config.run.load)
-    if found is None and config.run.load != config.run.save:
-        raise UserError(
-            f"--load {config.run.load} holds no checkpoint (no latest_checkpointed_iteration.txt); "
-            "leave --load out to start a new run"
-        )
+    run = config.run
+    assert run.load
+    found = checkpoint.find_sound(run.load, run.ckpt_step, own=run.load == run.save)
+    if found is None and run.load != run.save:
+        raise UserError(f"--load {run.load} holds no checkpoint; leave --load out to start a new run")
     return found
 
 
