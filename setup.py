@@ -74,6 +74,7 @@ setup(
         "PyYAML>=6.0",
         "pyarrow>=15",
         "zstandard>=0.22",
+        "xxhash>=3.0",
         "tqdm>=4.66",
         "tensorboard>=2.16",
     ],

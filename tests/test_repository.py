@@ -18,12 +18,13 @@ from packaging.requirements import Requirement
 PACKAGE = ROOT / "megatron_retro"
 
 # Who may import whom inside the package. tools/ and pretrain_retro.py may import all of it.
-BASE = {"errors", "distributed", "terminal", "workdir", "config"}
+BASE = {"errors", "distributed", "terminal", "storage", "workdir", "config"}
 ARROWS = {
     "errors": set(),
     "distributed": {"errors"},
     "terminal": set(),
-    "workdir": {"errors", "distributed"},
+    "storage": {"errors"},
+    "workdir": {"errors", "distributed", "storage"},
     "config": {"errors", "workdir"},
     "webpage": set(),
     "mcore_cpu": set(),
