@@ -161,22 +161,26 @@ def set_aside(path: pathlib.Path, ending: str = "damaged") -> pathlib.Path:
 # ------------------------------------------------------------------------------------------------ fingerprints
 
 
-def fingerprint(path: pathlib.Path) -> str:
+Advance = Callable[[int], None]  # told how many bytes were read
+
+
+def fingerprint(path: pathlib.Path, advance: Advance = lambda num_bytes: None) -> str:
     """`<size>:<xxh3 of all>`, for files above 4 MiB also `:<xxh3 of 64 evenly spread windows of 64 KiB>`."""
     whole = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while piece := file.read(_READ_BYTES):
             whole.update(piece)
+            advance(len(piece))
     parts = [str(path.stat().st_size), whole.hexdigest()]
     return ":".join(parts + ([_windows(path)] if int(parts[0]) > _WINDOW_BYTES * _NUM_WINDOWS else []))
 
 
-def is_same(path: pathlib.Path, recorded: str, *, full: bool) -> bool:
+def is_same(path: pathlib.Path, recorded: str, *, full: bool, advance: Advance = lambda num_bytes: None) -> bool:
     """Whether a file still has its fingerprint; unless `full`, of a large file its size and windows are looked at."""
     size, _, *windows = recorded.split(":")
     if not path.is_file() or path.stat().st_size != int(size):
         return False
-    return _windows(path) == windows[0] if windows and not full else fingerprint(path) == recorded
+    return _windows(path) == windows[0] if windows and not full else fingerprint(path, advance) == recorded
 
 
 def found(path: pathlib.Path) -> str:

@@ -164,17 +164,26 @@ class WorkDir:
                 f"{storage.found(self.path / name)}; {self.way_out(name)}"
             )
 
-    def damaged(self, stages: tuple[str, ...] = STAGES) -> list[tuple[str, str]]:
-        """(name, recorded fingerprint) of files that are not what they were; ranks share the reading, all call it."""
+    def damaged(
+        self, stages: tuple[str, ...] = STAGES, advance: storage.Advance = lambda num_bytes: None
+    ) -> list[tuple[str, str]]:
+        """(name, recorded fingerprint) of files that are not what they were; ranks share the reading, all call it.
+
+        Args:
+            advance: told how many bytes were read.
+        """
         files = [item for stage in stages for item in self.manifest["stages"][stage]["files"].items()]
         mine = files[distributed.rank() :: distributed.world_size()]
 
         def look() -> list[tuple[str, str]]:
-            return [(name, was) for name, was in mine if not storage.is_same(self.path / name, was, full=self.full)]
+            return [item for item in mine if not self._is_same(item[0], item[1], advance)]
 
         found = distributed.all_gather(distributed.together(look))
         order = {name: number for number, (name, _) in enumerate(files)}
         return sorted((item for of_rank in found for item in of_rank), key=lambda item: order[item[0]])
+
+    def _is_same(self, name: str, recorded: str, advance: storage.Advance) -> bool:
+        return storage.is_same(self.path / name, recorded, full=self.full, advance=advance)
 
     def way_out(self, name: str) -> str:
         """What repairs a damaged file, by its name in the manifest."""

@@ -24,7 +24,7 @@ from megatron_retro.evaluation.text import TextEvaluation
 from megatron_retro.inference.loading import Trained, check_same_tokenizer, load_trained
 from megatron_retro.retrieval.progress import Progress
 from megatron_retro.storage import check_writable, write_atomically
-from megatron_retro.training import checkpoint
+from megatron_retro.training import checkpoint, checkpoint_files
 from megatron_retro.training.data import TrainingData
 from megatron_retro.workdir import WorkDir
 
@@ -99,7 +99,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def _check_gpt(directory: str, data: TrainingData, work_dir: str, seq_length: int) -> None:
     """Refuse what cannot be compared with before hours of evaluation."""
-    path = checkpoint.find(directory)
+    path = checkpoint_files.find(directory)
     if path is None:
         raise UserError(f"--gpt {directory} holds no checkpoint")
     state = checkpoint.read_state(path)

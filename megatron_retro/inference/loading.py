@@ -9,7 +9,7 @@ from megatron_retro import distributed, mcore
 from megatron_retro.config.model import ModelConfig, ParallelConfig, RetroConfig
 from megatron_retro.errors import UserError
 from megatron_retro.model.model import RetroModel
-from megatron_retro.training import checkpoint
+from megatron_retro.training import checkpoint, checkpoint_files
 
 
 @dataclasses.dataclass
@@ -34,7 +34,7 @@ def load_trained(load: str, parallel: ParallelConfig) -> Trained:
     Raises:
         UserError: there is none, or the layout does not fit the model.
     """
-    path = checkpoint.find_sound(load)
+    path = checkpoint_files.find_sound(load)
     if path is None:
         raise UserError(f"--load {load} holds no checkpoint")
     state = checkpoint.read_state(path)

@@ -17,7 +17,7 @@ from megatron_retro.errors import UserError
 from megatron_retro.model.flops import multiply_adds
 from megatron_retro.model.model import padded_vocab_size
 from megatron_retro.storage import check_writable
-from megatron_retro.training import bad_steps, checkpoint
+from megatron_retro.training import bad_steps, checkpoint, checkpoint_files
 from megatron_retro.training.data import TrainingData, check_split
 from megatron_retro.training.evaluation import sample_losses
 from megatron_retro.training.log import RunLog
@@ -84,7 +84,7 @@ def train(config: PretrainConfig, started: float) -> None:
         checkpoint.check_same_run(state, config, vocab_size, chunk_length, data.digest)
         mcore.load_state(model, optimizer, str(found))
         if run.load == run.save:
-            distributed.together(functools.partial(checkpoint.set_newer_aside, found))
+            distributed.together(functools.partial(checkpoint_files.set_newer_aside, found))
         iteration, consumed_samples = state.iteration, state.consumed_samples
         newest, saved_iteration = found, iteration if run.load == run.save else -1
         losses = state.losses if checkpoint.trains_alike(state, config) else []
@@ -152,7 +152,7 @@ def train(config: PretrainConfig, started: float) -> None:
             raise UserError(last_words)
         if run.on_bad_step == "rewind":
             assert newest
-            checkpoint.verify(newest)
+            checkpoint_files.verify(newest)
             state = checkpoint.read_state(newest)
             mcore.load_state(model, optimizer, str(newest))
             watch = bad_steps.LossWatch(state.losses, watch.in_a_row)
@@ -283,7 +283,7 @@ def _checkpoint(config: PretrainConfig) -> Any:
     """The checkpoint to resume from; None for a run that starts in its own empty --save directory."""
     run = config.run
     assert run.load
-    found = checkpoint.find_sound(run.load, run.ckpt_step, own=run.load == run.save)
+    found = checkpoint_files.find_sound(run.load, run.ckpt_step, own=run.load == run.save)
     if found is None and run.load != run.save:
         raise UserError(f"--load {run.load} holds no checkpoint; leave --load out to start a new run")
     return found
