@@ -9,6 +9,7 @@ import datetime
 import functools
 import itertools
 import os
+import queue
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ for _message in (
 # ruff: noqa: E402
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -535,6 +537,8 @@ def save_state(model: torch.nn.Module, optimizer: Any, directory: str) -> None:
     if isinstance(model, ModelChunks):
         model.gather_weights()
     state = _sharded_state(model, optimizer, is_loading=False)
+    # Between saves in the background results pass through a server process, which a killed run would leave behind.
+    filesystem_async._results_queue = queue.SimpleQueue()
     with _cuda_type_names():
         dist_checkpointing.save(state, directory, content_metadata=_CHECKPOINT_FORMAT)
 
