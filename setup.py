@@ -24,6 +24,7 @@ EXTRAS = {
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
         "playwright>=1.50",
         "openai>=1.60",
         "ruff>=0.17",

@@ -6,11 +6,17 @@ import sys
 import time
 from collections.abc import Callable
 
+_LONGEST = 2000  # characters of a message
 _SECONDS_FOR_RANK_0 = 5.0  # to say what it has found as well
 
 
 class UserError(ValueError):
     """Bad input: the message names what, where, which flag, both values, and the way out."""
+
+    def __str__(self) -> str:
+        """One line, of printable characters, whatever a file put into it."""
+        line = "".join(letter if letter.isprintable() else " " for letter in super().__str__())
+        return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …"
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:

@@ -75,7 +75,7 @@ def test_wrong_yaml(tmp_path, yaml, message):
 
 
 def test_a_missing_config_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"none\.yaml: No such file"):
+    with pytest.raises(UserError, match=r"none\.yaml cannot be read \(No such file"):
         parse(Both, ["--config", str(tmp_path / "none.yaml")])
 
 

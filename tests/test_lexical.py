@@ -11,6 +11,7 @@ from conftest import stdlib_texts
 
 from megatron_retro.data.chunks import ChunkTable, Corpus, running_sum
 from megatron_retro.data.tokenizer import Tokenizer, train
+from megatron_retro.errors import UserError
 from megatron_retro.retrieval import lexical
 from megatron_retro.retrieval.database import Database
 from megatron_retro.retrieval.embedding import chunk_texts
@@ -162,7 +163,7 @@ def test_an_interrupted_build_leaves_no_directory(monkeypatch, table, tokenizer,
         with pytest.raises(KeyboardInterrupt):
             Bm25Index.build(tmp_path / "bm25", table, tokenizer, database)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="bm25 is no index of words"):
         Bm25Index.open(tmp_path / "bm25")
     (tmp_path / "bm25.tmp").mkdir()  # of a build that was killed
     (tmp_path / "bm25.tmp" / "more").write_text("")

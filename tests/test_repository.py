@@ -18,14 +18,15 @@ from packaging.requirements import Requirement
 PACKAGE = ROOT / "megatron_retro"
 
 # Who may import whom inside the package. tools/ and pretrain_retro.py may import all of it.
-BASE = {"errors", "distributed", "terminal", "storage", "workdir", "config"}
+BASE = {"errors", "reading", "distributed", "terminal", "storage", "workdir", "config"}
 ARROWS = {
     "errors": set(),
+    "reading": {"errors"},
     "distributed": {"errors"},
     "terminal": set(),
-    "storage": {"errors"},
-    "workdir": {"errors", "distributed", "storage"},
-    "config": {"errors", "workdir"},
+    "storage": {"errors", "reading"},
+    "workdir": {"errors", "reading", "distributed", "storage"},
+    "config": {"errors", "reading", "workdir"},
     "webpage": set(),
     "mcore_cpu": set(),
     "mcore_optimizer": set(),

@@ -318,7 +318,7 @@ def test_rows_of_many_blocks(tmp_path, small_work):
     chunks = np.array([5, len(whole) - 1, 100, 99, 5, 0, 250])
     assert np.array_equal(EmbeddingTable(work).rows(chunks), whole[chunks])
     assert EmbeddingTable(work).rows(chunks[:0]).shape == (0, 384)
-    table = RowTable(work, "neighbors", blocks, ".ids.npy")
+    table = RowTable(work, "neighbors", blocks, ".ids.npy", np.int64, NeighborTable(work).num_neighbors)
     for wrong in (-1, len(whole)):
         with pytest.raises(IndexError):
             table.rows(np.array([wrong]))

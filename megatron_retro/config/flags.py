@@ -7,12 +7,15 @@ title in `--help`, and each field made by `flag()` is one `--flag-name`. Flag na
 import argparse
 import dataclasses
 import difflib
+import math
+import pathlib
 import sys
 import types
 import typing
 from typing import Any, TypeVar
 
 from megatron_retro.errors import UserError
+from megatron_retro.reading import read_text
 
 Config = TypeVar("Config")
 
@@ -151,6 +154,8 @@ def _add_flag(group: Any, field: dataclasses.Field) -> None:
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
+    if value is None and not isinstance(field.type, types.UnionType):
+        raise UserError(f"{flag_name(field.name)} has no value; give one, or leave the flag out")
     if value is None or value == field.default:
         return field.default if isinstance(value, list) else value
     value_type, name = _value_type(field), flag_name(field.name)
@@ -175,6 +180,8 @@ def _convert(name: str, value_type: type, value: Any) -> Any:
     try:
         if value_type is int and float(value) != int(float(value)):
             raise ValueError
+        if value_type is float and math.isnan(float(value)):
+            raise ValueError
         return value_type(float(value)) if value_type is int and not isinstance(value, int) else value_type(value)
     except (TypeError, ValueError, OverflowError):
         kind = {int: "a whole number", float: "a number"}.get(value_type, "text")
@@ -184,12 +191,11 @@ def _convert(name: str, value_type: type, value: Any) -> Any:
 def _read_yaml(path: str, config_class: type) -> dict[str, Any]:
     import yaml
 
+    text = read_text(f"--config {path}", pathlib.Path(path))
     try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file) or {}
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        _check_plain(text)
+        values = yaml.safe_load(text) or {}
+    except Exception as error:  # the constructors of YAML's types raise many kinds
         raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected `flag: value` lines, found a {type(values).__name__}")
@@ -200,6 +206,24 @@ def _read_yaml(path: str, config_class: type) -> dict[str, Any]:
             raise UserError(_unknown_name(str(key), known, "key", f"in --config {path}"))
         given[name] = value
     return given
+
+
+def _check_plain(text: str) -> None:
+    """Refuse what no flag needs and what a few bytes of YAML blow up or run with: tags, references, deep nesting.
+
+    Raises:
+        ValueError: names it.
+    """
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        where = f"line {event.start_mark.line + 1} holds" if event.start_mark else "it holds"
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+            raise ValueError(f"{where} a tag or reference; write the value itself")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 2:
+            raise ValueError(f"{where} a list in a list; write `flag: value` lines")
 
 
 def _unknown_name(name: str, known: dict[str, Any], kind: str, where: str) -> str:

@@ -1,12 +1,12 @@
 """Flags of `tools/generate_retro_text.py`."""
 
 import dataclasses
-import json
 import pathlib
 
 from megatron_retro.config.flags import at_least, flag, required
 from megatron_retro.config.model import RETRIEVAL_MODES, ParallelConfig
 from megatron_retro.errors import UserError
+from megatron_retro.reading import parse_json, read_text
 
 
 @dataclasses.dataclass
@@ -99,17 +99,14 @@ class GenerateConfig:
 
 def _read_prompts(path: pathlib.Path) -> dict[str, str]:
     """Where each prompt stands -> the prompt."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt-file {path} cannot be read ({error})") from None
+    lines = read_text(f"--prompt-file {path}", path).split("\n")
     prompts = {f"--prompt-file {path}:{number}": line for number, line in enumerate(lines, 1) if line.strip()}
     if not prompts:
         raise UserError(f"--prompt-file {path} holds no prompt; write one a line")
     if path.suffix == ".jsonl":
         for where, line in prompts.items():
             try:
-                prompts[where] = json.loads(line)["prompt"]
+                prompts[where] = parse_json(line)["prompt"]
                 if not isinstance(prompts[where], str):
                     raise TypeError("it is no string")
             except (ValueError, KeyError, TypeError) as error:

@@ -8,13 +8,19 @@ manifest's order. Everything read from a corpus goes through `ChunkTable.tokens`
 import dataclasses
 import functools
 import pathlib
+import struct
 
 import numpy as np
 
 from megatron_retro.errors import UserError
+from megatron_retro.reading import load_array
 from megatron_retro.workdir import WorkDir
 
 SPLITS = ("train", "valid", "test")
+
+_INDEX_MAGIC = b"MMIDIDX\0\0"
+_INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, token type, sequences, documents + 1
+_TOKEN_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 
 _FIBONACCI = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 
@@ -35,31 +41,93 @@ class Corpus:
         """Open Megatron's `<prefix>.bin` and `<prefix>.idx`.
 
         Raises:
-            UserError: a file is missing, or the `.idx` points outside the `.bin`.
+            UserError: a file is missing or damaged, or the `.idx` points outside the `.bin`.
         """
         for suffix in (".bin", ".idx"):
             if not pathlib.Path(prefix + suffix).is_file():
                 raise UserError(f"corpus {name!r}: no file {prefix}{suffix}; --data-path takes the path without suffix")
-        from megatron_retro.mcore import IndexedDataset
-
-        if not pathlib.Path(prefix + ".bin").stat().st_size:
+        size = pathlib.Path(prefix + ".bin").stat().st_size
+        if not size:
             raise UserError(f"corpus {name!r}: {prefix}.bin is empty; give a corpus with tokens")
         try:
-            index = IndexedDataset(prefix).index
-        except Exception as error:  # asserts and more, by what is broken
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"corpus {name!r}: {prefix}.idx is not Megatron's ({reason}); write it again") from None
-        dtype = np.dtype(index.dtype)
-        lengths = index.sequence_lengths.astype(np.int64)
-        pointers = np.append(index.sequence_pointers.astype(np.int64) // dtype.itemsize, 0)
-        ends = np.append(0, np.cumsum(lengths))
-        first, last = index.document_indices[:-1].astype(np.int64), index.document_indices[1:].astype(np.int64)
-        size = pathlib.Path(prefix + ".bin").stat().st_size
-        tokens = np.memmap(prefix + ".bin", dtype=dtype, mode="r") if size >= dtype.itemsize else np.zeros(0, dtype)
-        corpus = cls(name, tokens, pointers[first], ends[last] - ends[first], weight, retrieved)
-        if len(lengths) and int((pointers[:-1] + lengths).max()) > len(tokens):
-            raise UserError(f"corpus {name!r}: {prefix}.idx names tokens behind the {len(tokens)} of {prefix}.bin")
-        return corpus
+            dtype, lengths, pointers, documents = _read_index(pathlib.Path(prefix + ".idx"))
+            _check_index(dtype, lengths, pointers, documents, size)
+        except ValueError as error:
+            raise UserError(
+                f"corpus {name!r}: {prefix}.idx {error}; write it again, from what the {size} bytes of {prefix}.bin "
+                "were made from"
+            ) from None
+        ends = np.append(0, np.cumsum(lengths, dtype=np.int64))
+        starts = np.append(pointers // dtype.itemsize, 0)
+        first, last = documents[:-1], documents[1:]
+        tokens = np.memmap(prefix + ".bin", dtype=dtype, mode="r")
+        return cls(name, tokens, starts[first], ends[last] - ends[first], weight, retrieved)
+
+
+def _read_index(path: pathlib.Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    """Megatron's `.idx`, its arrays mapped into memory.
+
+    Returns:
+        (dtype of the tokens, length in tokens and position in bytes of each sequence, first sequence of each document
+        and behind the last one's last).
+
+    Raises:
+        ValueError: it is none.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header = file.read(_INDEX_HEADER.size)
+    if len(header) < _INDEX_HEADER.size or not header.startswith(_INDEX_MAGIC):
+        raise ValueError("is not Megatron's: it does not begin as one")
+    _, version, code, num_sequences, num_documents = _INDEX_HEADER.unpack(header)
+    if version != 1 or code not in _TOKEN_TYPES:
+        raise ValueError(f"has version {version} and token type {code}, not version 1 and one of {list(_TOKEN_TYPES)}")
+    needed = _INDEX_HEADER.size + 12 * num_sequences + 8 * num_documents
+    if num_documents < 2:
+        raise ValueError("names no document")
+    if size < needed:
+        raise ValueError(
+            f"has {size} bytes, its {num_sequences} sequences and {num_documents - 1} documents take {needed}"
+        )
+    mapped, begin, arrays = np.memmap(path, np.uint8, "r"), _INDEX_HEADER.size, []
+    for count, dtype in ((num_sequences, np.int32), (num_sequences, np.int64), (num_documents, np.int64)):
+        arrays.append(np.frombuffer(mapped, dtype, count, begin))
+        begin += arrays[-1].nbytes
+    return np.dtype(_TOKEN_TYPES[code]), arrays[0], arrays[1], arrays[2]
+
+
+def _check_index(
+    dtype: np.dtype, lengths: np.ndarray, pointers: np.ndarray, documents: np.ndarray, num_bytes: int
+) -> None:
+    """Check what a `.idx` says against a `.bin` of `num_bytes`; arrays as `_read_index` returns them.
+
+    Raises:
+        ValueError: tells what is wrong.
+    """
+    if num_bytes % dtype.itemsize:
+        raise ValueError(f"has tokens of {dtype.itemsize} bytes, of which the .bin is no whole number")
+    if documents[0] < 0 or documents[-1] > len(lengths) or (documents[1:] < documents[:-1]).any():
+        raise ValueError(f"has documents that do not follow one another within its {len(lengths)} sequences")
+    if not len(lengths):
+        return
+    if lengths.min() < 0 or pointers.min() < 0 or pointers.max() > num_bytes or (pointers % dtype.itemsize).any():
+        raise ValueError("has sequences of negative length, or that begin outside the .bin or in the midst of a token")
+    ends = pointers + lengths.astype(np.int64) * dtype.itemsize
+    if ends.max() > num_bytes:
+        raise ValueError(f"names tokens behind the {num_bytes // dtype.itemsize} of the .bin")
+    begins = np.zeros(len(lengths) + 1, bool)  # of documents
+    begins[documents] = True
+    if ((pointers[1:] != ends[:-1]) & ~begins[1:-1]).any():
+        raise ValueError("has documents whose sequences do not lie one behind the other")
+
+
+def removed_documents(path: pathlib.Path) -> np.ndarray:
+    """The documents that a work dir has removed: ids over all corpora, ascending int64.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return np.array(load_array(path, np.int64, (None,)))
 
 
 def open_corpora(work: WorkDir, excluded: list[str]) -> list[Corpus]:
@@ -82,17 +150,29 @@ class ChunkTable:
         first_chunk: [num_documents + 1] int64, first chunk id of each document.
         corpus_documents: [num_corpora + 1] int64, first document id of each corpus.
         removed: [num_documents] bool, documents that are in no split any more.
+        vocab_size: ids of the tokenizer that made the tokens; None where that is not known.
     """
 
-    def __init__(self, corpora: list[Corpus], chunk_length: int, removed: np.ndarray | None = None):
+    def __init__(
+        self,
+        corpora: list[Corpus],
+        chunk_length: int,
+        removed: np.ndarray | None = None,
+        vocab_size: int | None = None,
+    ):
         """`removed` holds document ids (int64)."""
-        self.corpora, self.chunk_length = corpora, chunk_length
+        self.corpora, self.chunk_length, self.vocab_size = corpora, chunk_length, vocab_size
         self.corpus_documents = np.cumsum([0] + [len(corpus.length) for corpus in corpora])
         self._start = np.concatenate([corpus.start for corpus in corpora])
         self._length = np.concatenate([corpus.length for corpus in corpora])
         self.first_chunk = running_sum(-(-self._length // chunk_length))
         self.removed = np.zeros(len(self._length), bool)
-        if removed is not None:
+        if removed is not None and len(removed):
+            if not 0 <= removed.min() <= removed.max() < len(self.removed):
+                raise UserError(
+                    f"the removed documents are {removed.min()} … {removed.max()}, the corpora hold "
+                    f"{len(self.removed)}; restore the work dir's chunks/removed files, or build a new work dir"
+                )
             self.removed[removed] = True
 
     @classmethod
@@ -104,15 +184,16 @@ class ChunkTable:
         """
         facts = work.facts("chunks")
         corpora = open_corpora(work, facts.get("excluded_corpora", []))
-        removed = np.load(work.path / facts["removed"], allow_pickle=False) if facts.get("removed") else None
-        table = cls(corpora, facts["chunk_length"], removed)
+        removed = removed_documents(work.path / facts["removed"]) if facts.get("removed") else None
+        table = cls(corpora, facts["chunk_length"], removed, work.facts("tokenizer")["vocab_size"])
         for number, corpus in enumerate(corpora):
-            stored = np.load(work.directory("chunks") / f"{corpus.name}.npy", allow_pickle=False)
+            path = work.directory("chunks") / f"{corpus.name}.npy"
+            stored = load_array(path, np.int64, (None,))
             begin, end = table.corpus_documents[number : number + 2]
             expected = table.first_chunk[begin : end + 1] - table.first_chunk[begin]
             if not np.array_equal(stored, expected):
                 raise UserError(
-                    f"--retro-work-dir {work.path}: chunks/{corpus.name}.npy holds {stored[-1]} chunks in "
+                    f"--retro-work-dir {work.path}: chunks/{corpus.name}.npy holds {stored[-1:].sum()} chunks in "
                     f"{len(stored) - 1} documents, the corpus {expected[-1]} in {len(expected) - 1}; "
                     "restore the corpus, or build a new work dir"
                 )
@@ -163,6 +244,7 @@ class ChunkTable:
 
         Raises:
             IndexError: an id that is no chunk.
+            UserError: a token is outside the vocabulary.
         """
         if len(chunk) and not (chunk.min() >= -1 and chunk.max() < self.num_chunks):
             raise IndexError(f"chunk ids {chunk.min()} … {chunk.max()} of a table of {self.num_chunks} chunks")
@@ -178,7 +260,19 @@ class ChunkTable:
                 position = begin[rows, None] + np.arange(num_tokens)
                 tokens[rows] = np.asarray(corpus.tokens).take(position, mode="clip")
         tokens[np.arange(num_tokens) >= length[:, None]] = pad  # what belongs to the next document
+        if self.vocab_size is not None and len(chunk) and not (tokens.min() >= 0 and tokens.max() < self.vocab_size):
+            self._refuse_tokens(tokens, document)
         return tokens, length
+
+    def _refuse_tokens(self, tokens: np.ndarray, document: np.ndarray) -> None:
+        """Tell where the first token outside the vocabulary is, in rows [n, num_tokens] of documents [n]."""
+        row, place = np.argwhere((tokens < 0) | (tokens >= (self.vocab_size or 0)))[0]
+        number = int(corpus_of(self.corpus_documents, document[row]))
+        raise UserError(
+            f"document {self.corpora[number].name}:{document[row] - self.corpus_documents[number]} holds token id "
+            f"{tokens[row, place]}, the work dir's tokenizer has {self.vocab_size} ids; restore the corpus, or build a "
+            "new work dir with the tokenizer that made it"
+        )
 
     def database_documents(self, split_weights: tuple[float, ...]) -> np.ndarray:
         """Ascending ids of the documents whose chunks may be neighbors: those of the train split of such corpora."""

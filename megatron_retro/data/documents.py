@@ -1,21 +1,25 @@
 """Documents: a stream of raw records from files, split cheaply and parsed only by the rank that needs their text.
 
-A record is a line of a `.jsonl` (`.gz`, `.zst`) file, a row of a `.parquet` file, or a whole `.txt` file.
+A record is a line of a `.jsonl` (`.gz`, `.zst`) file, a row of a `.parquet` file, or a whole `.txt` file. Files may
+hold anything: a record without usable text has a reason (`BadRecord`), and one of more than `MAX_BYTES` is passed over.
 """
 
 import dataclasses
 import gzip
 import hashlib
 import io
-import json
 import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, Protocol
 
 from megatron_retro.errors import UserError
+from megatron_retro.reading import parse_json
 
+MAX_BYTES = 1 << 27  # of a record: more than thirty million tokens of English
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet")
+
+_PARQUET_ROWS, _PARQUET_BUFFER = 32, 1 << 20
 
 
 class BadRecord(Exception):
@@ -27,7 +31,7 @@ class Record(Protocol):
 
     Attributes:
         where: "file:line" (or row), for messages.
-        num_bytes: its raw size.
+        num_bytes: its raw size; 0 where it is not held.
     """
 
     @property
@@ -55,8 +59,8 @@ class JsonLine:
 
     def text(self, key: str) -> str:
         try:
-            value = json.loads(_decoded(self.raw))
-        except (ValueError, RecursionError):
+            value = parse_json(_decoded(self.raw))
+        except ValueError:
             raise BadRecord("broken JSON") from None
         if not isinstance(value, dict):
             raise BadRecord("not a JSON object")
@@ -67,10 +71,21 @@ class JsonLine:
     def keys(self) -> str:
         """The keys that hold strings, for messages."""
         try:
-            value = json.loads(_decoded(self.raw))
-        except (ValueError, RecursionError, BadRecord):
+            value = parse_json(_decoded(self.raw))
+        except (ValueError, BadRecord):
             return ""
         return ", ".join(key for key, held in value.items() if isinstance(held, str)) if isinstance(value, dict) else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TooLong:
+    """A record that was passed over unread."""
+
+    where: str
+    num_bytes: int = 0
+
+    def text(self, key: str) -> str:
+        raise BadRecord(f"longer than {MAX_BYTES >> 20} MiB")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +179,9 @@ class Source:
             if file.name.endswith(".parquet"):
                 yield from _parquet_rows(file, key, advance)
             elif file.name.endswith(".txt"):
-                yield TextFile(str(file), file.stat().st_size)
-                advance(file.stat().st_size)
+                size = file.stat().st_size
+                yield TextFile(str(file), size) if size <= MAX_BYTES else TooLong(str(file))
+                advance(size)
             else:
                 yield from _lines(file, advance)
 
@@ -209,12 +225,16 @@ def _stem(path: pathlib.Path) -> str:
     return path.name[: -len(suffix)]
 
 
-def _lines(file: pathlib.Path, advance: Callable[[int], None]) -> Iterator[JsonLine]:
+def _lines(file: pathlib.Path, advance: Callable[[int], None]) -> Iterator[Record]:
     try:
         with open(file, "rb") as compressed, _unpacked(compressed) as lines:
             told = 0
-            for number, raw in enumerate(lines, 1):
-                if raw.strip():
+            for number, raw in enumerate(iter(lambda: lines.readline(MAX_BYTES + 1), b""), 1):
+                if len(raw) > MAX_BYTES:
+                    while raw and not raw.endswith(b"\n"):
+                        raw = lines.readline(1 << 20)
+                    yield TooLong(f"{file}:{number}")
+                elif not raw.isspace():
                     yield JsonLine(f"{file}:{number}", raw)
                 if compressed.tell() > told:
                     advance(compressed.tell() - told)
@@ -239,20 +259,27 @@ def _unpacked_zstandard(file: BinaryIO) -> BinaryIO:
     return io.BufferedReader(stream, 1 << 20)  # type: ignore[arg-type, return-value]
 
 
-def _parquet_rows(file: pathlib.Path, key: str, advance: Callable[[int], None]) -> Iterator[ParquetRow]:
+def _parquet_rows(file: pathlib.Path, key: str, advance: Callable[[int], None]) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file)
-        if key not in table.schema_arrow.names:
-            raise UserError(f"--input {file} has no column {key!r} (--json-key), only {table.schema_arrow.names}")
-        row = 0
-        for batch in table.iter_batches(batch_size=256, columns=[key]):
-            for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                row += 1
-                yield ParquetRow(f"{file}:row {row}", value)
-        advance(file.stat().st_size)
-    except (pyarrow.ArrowException, OSError) as error:
+        # Without a buffer of its own size a whole row group would be read at once.
+        with pyarrow.parquet.ParquetFile(file, buffer_size=_PARQUET_BUFFER) as table:
+            names = table.schema_arrow.names
+            if names.count(key) != 1:
+                found = f"has no column {key!r}" if key not in names else f"has {names.count(key)} columns {key!r}"
+                raise UserError(f"--input {file} {found} (--json-key), only {names}")
+            row = 0
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[key]):
+                for value in batch.column(0).cast(pyarrow.large_binary()):
+                    row += 1
+                    is_long = value.is_valid and value.as_buffer().size > MAX_BYTES
+                    where = f"{file}:row {row}"
+                    yield TooLong(where) if is_long else ParquetRow(where, value.as_py())
+            advance(file.stat().st_size)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--input {file}: cannot be read as Parquet text ({first_line})") from None

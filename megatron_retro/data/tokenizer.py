@@ -15,6 +15,8 @@ from megatron_retro.errors import UserError
 EOD_NAMES = ("<eod>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 PAD_NAMES = ("<pad>", "<|pad|>", "<|padding|>", "[PAD]")
 
+PIECE = 1 << 20  # characters that are encoded at once: the libraries take dozens of times their memory
+
 _SPACE_MARK = "▁"  # SentencePiece writes a space so, and reads every such mark as a space
 _PIECE_CHARACTERS = 1000  # of one training sentence; the trainer skips longer ones than its limit without a word
 
@@ -44,9 +46,15 @@ class Tokenizer(abc.ABC):
             raise UserError(f"--tokenizer-model {path}: no such file")
         return JsonTokenizer(path) if path.suffix == ".json" else PieceTokenizer(path)
 
-    @abc.abstractmethod
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, nothing added at either end."""
+        """Token ids of each text, nothing added at either end; those of a long one piece by piece (see `pieces`)."""
+        if all(len(text) <= PIECE for text in texts):
+            return self._encode(texts)
+        return [[id for piece in pieces(text) for id in self._encode([piece])[0]] for text in texts]
+
+    @abc.abstractmethod
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of texts of at most `PIECE` characters."""
 
     @abc.abstractmethod
     def decode(self, tokens: list[list[int]]) -> list[str]:
@@ -61,17 +69,17 @@ class PieceTokenizer(Tokenizer):
 
         try:
             self._model = model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
+            self.vocab_size = model.vocab_size()
+            names = {model.id_to_piece(id): id for id in range(self.vocab_size) if model.is_control(id)}
+        except (OSError, RuntimeError, ValueError) as error:  # of pieces that are no text too
             raise UserError(f"--tokenizer-model {path} is not a SentencePiece model ({error})") from None
-        self.vocab_size = model.vocab_size()
-        names = {model.id_to_piece(id): id for id in range(self.vocab_size) if model.is_control(id)}
         self.eod = _named(names, EOD_NAMES, model.eos_id(), path)
         self.pad = _named(names, PAD_NAMES, model.pad_id() if model.pad_id() >= 0 else self.eod, path)
         self._control = {*names.values(), self.eod, self.pad}
         mark = [model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         self._mark = mark if all(model.is_byte(id) for id in mark) else None
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         rows = self._model.encode(texts)
         for number, text in enumerate(texts):
             if _SPACE_MARK in text and self._mark:
@@ -102,17 +110,36 @@ class JsonTokenizer(Tokenizer):
         self._model.no_padding()
         self._model.no_truncation()
         names = self._model.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(names.values()) + 1  # ids may have holes
+        self.vocab_size = max(names.values(), default=-1) + 1  # ids may have holes
+        if self.vocab_size > 1 << 31:
+            raise UserError(f"--tokenizer-model {path} has the id {self.vocab_size - 1}; ids are stored in 31 bits")
         self.eod = _named(names, EOD_NAMES, -1, path)
         self.pad = _named(names, PAD_NAMES, self.eod, path)
         self._control = {self.eod, self.pad}
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         return [row.ids for row in self._model.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, tokens: list[list[int]]) -> list[str]:
         kept = [[id for id in row if id not in self._control] for row in tokens]
         return self._model.decode_batch(kept, skip_special_tokens=True)
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text in pieces of at most `PIECE` characters, each but the first beginning with a space behind a word.
+
+    Almost no tokenizer joins a word with the space behind it, so the pieces have the tokens of the whole text, but for
+    ties that sums over a longer text round otherwise. Where no such space is, a piece ends in the midst of a word.
+    """
+    begin = 0
+    while len(text) - begin > PIECE:
+        end = text.rfind(" ", begin + 1, begin + PIECE + 1)
+        while end > 0 and text[end - 1].isspace():
+            end = text.rfind(" ", begin + 1, end)
+        end = end if end > 0 else begin + PIECE
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
 
 
 def _named(names: dict[str, int], wanted: tuple[str, ...], otherwise: int, path: pathlib.Path) -> int:

@@ -21,6 +21,7 @@ from megatron_retro.evaluation import answers
 from megatron_retro.evaluation.bootstrap import estimate, ratio, resampled
 from megatron_retro.inference.reader import Reader, Reads
 from megatron_retro.inference.writer import Choice, Text, Writer
+from megatron_retro.reading import parse_json, read_text
 
 _FILLERS = ("\n", " ", ".")
 
@@ -40,15 +41,12 @@ def read_questions(path: pathlib.Path) -> list[Question]:
     Raises:
         UserError: the file cannot be read, or a line is no question; it names the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--qa {path} cannot be read ({error})") from None
+    lines = read_text(f"--qa {path}", path).split("\n")
     questions = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                questions.append(_question(json.loads(line)))
+                questions.append(_question(parse_json(line)))
             except (ValueError, KeyError, TypeError) as error:
                 reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
                 raise UserError(

@@ -30,7 +30,8 @@ def collect(work: WorkDir, max_chunks: int, seed: int) -> dict[str, Any]:
         `figures`, `histograms` and `mix`, see `figures`; `sampled` and `num_chunks`, what the histograms, the mix and
         the hard lists stand on; `hard`, ids by list; `shown`, `neighbors` and `texts`, see `_chunks`.
     """
-    table, neighbors = ChunkTable.open(work), NeighborTable(work)
+    table = ChunkTable.open(work)
+    neighbors = NeighborTable(work, table)
     sample = Sample.draw(table, neighbors, max(_SAMPLED, max_chunks), seed)
     hard = sample.hard(_HARD)
     shown = np.unique(np.concatenate([_on_page(sample, max_chunks), *hard.values()]))

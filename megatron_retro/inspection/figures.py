@@ -2,14 +2,15 @@
 
 import collections
 import itertools
-import json
 from typing import Any
 
 import numpy as np
 
 from megatron_retro.config.preprocessing import CHANGES, TASKS
 from megatron_retro.data.chunks import ChunkTable
+from megatron_retro.errors import UserError
 from megatron_retro.inspection.sample import Sample
+from megatron_retro.reading import parse_json, read_text
 from megatron_retro.retrieval import costs
 from megatron_retro.retrieval.progress import duration
 from megatron_retro.workdir import WorkDir
@@ -79,7 +80,12 @@ def _cost(work: WorkDir) -> Rows:
 def _summary(work: WorkDir) -> dict[str, Any]:
     """`report/summary.json`; empty where it was not written."""
     file = work.path / "report" / "summary.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        return dict(parse_json(read_text(str(file), file)))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is no summary ({error}); remove it") from None
 
 
 def histograms(sample: Sample, chunk_length: int) -> list[dict[str, Any]]:

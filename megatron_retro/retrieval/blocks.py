@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_retro import distributed
 from megatron_retro.data.chunks import running_sum
+from megatron_retro.reading import load_array
 from megatron_retro.retrieval.progress import Progress
 from megatron_retro.workdir import WorkDir
 
@@ -93,10 +94,23 @@ def make_blocks(
 
 
 class RowTable:
-    """Rows by chunk id over memory-mapped block files, each opened once: when first read, or all by `open_all`."""
+    """Rows by chunk id over memory-mapped block files, each opened once: when first read, or all by `open_all`.
 
-    def __init__(self, work: WorkDir, stage: str, blocks: list[Block], suffix: str = ".npy"):
+    Args:
+        dtype, width: of a row.
+    """
+
+    def __init__(
+        self,
+        work: WorkDir,
+        stage: str,
+        blocks: list[Block],
+        suffix: str,
+        dtype: type[np.generic],
+        width: int,
+    ):
         self._paths = [block.path(work, stage, suffix) for block in blocks]
+        self._dtype, self._width = dtype, width
         self._first = running_sum(np.array([len(block) for block in blocks]))
         self._open: dict[int, np.ndarray] = {}
 
@@ -108,12 +122,12 @@ class RowTable:
 
         Raises:
             IndexError: an id that is no chunk.
+            UserError: a block's file is missing or damaged.
         """
         if len(chunks) and not (chunks.min() >= 0 and chunks.max() < len(self)):
             raise IndexError(f"chunk ids {chunks.min()} … {chunks.max()} of a table of {len(self)} chunks")
         of_block = np.searchsorted(self._first, chunks, side="right") - 1
-        sample = self._block(int(of_block[0]) if len(chunks) else 0)
-        rows = np.empty((len(chunks), sample.shape[1]), sample.dtype)
+        rows = np.empty((len(chunks), self._width), self._dtype)
         order = np.argsort(of_block, kind="stable")
         bounds = np.searchsorted(of_block[order], np.unique(of_block))
         for here in np.split(order, bounds[1:]):
@@ -122,6 +136,11 @@ class RowTable:
                 rows[here] = self._block(number)[chunks[here] - self._first[number]]
         return rows
 
+    def place(self, chunk: int) -> str:
+        """The file and the row of a chunk, for messages."""
+        number = int(np.searchsorted(self._first, chunk, side="right")) - 1
+        return f"{self._paths[number]} row {chunk - int(self._first[number])}"
+
     def open_all(self) -> None:
         """Open every block now; later reads open no file."""
         for number in range(len(self._paths)):
@@ -129,5 +148,6 @@ class RowTable:
 
     def _block(self, number: int) -> np.ndarray:
         if number not in self._open:
-            self._open[number] = np.load(self._paths[number], mmap_mode="r", allow_pickle=False)
+            size = int(self._first[number + 1] - self._first[number])
+            self._open[number] = load_array(self._paths[number], self._dtype, (size, self._width))
         return self._open[number]

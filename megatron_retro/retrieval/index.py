@@ -10,6 +10,7 @@ import itertools
 import math
 import pathlib
 import re
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,8 @@ from megatron_retro.retrieval.embedding import EmbeddingTable
 from megatron_retro.storage import as_os_error, replacing
 
 EXACT_LIMIT = 50_000  # database chunks up to which comparing with all costs little beside embedding
+
+_READING = threading.Lock()  # FAISS's limits on what it reads are the whole process's
 
 _POINTS_A_LIST = 50  # training points; FAISS asks for 39 at least
 _POINTS_AT_LEAST = 16_384  # for the codebooks of quantizers
@@ -181,9 +184,15 @@ def read_index(path: pathlib.Path, width: int, *, mapped: bool = False) -> Any:
     """
     import faiss
 
+    flags = getattr(faiss, "IO_FLAG_MMAP_IFC", 0) if mapped else 0
     try:
-        index = faiss.read_index(str(path), getattr(faiss, "IO_FLAG_MMAP_IFC", 0) if mapped else 0)
-    except RuntimeError as error:
+        with _READING:
+            for limit in ("vector_byte", "loop"):  # no part of a file is larger; older FAISS trusts it
+                set_limit = getattr(faiss, f"set_deserialization_{limit}_limit", None)
+                if set_limit and path.exists():
+                    set_limit(max(path.stat().st_size, 1 << 16))
+            index = faiss.read_index(str(path), flags)
+    except (RuntimeError, MemoryError) as error:  # a damaged size may ask for more than there is
         raise UserError(f"{path} is not a FAISS index ({_reason(error)}); restore it from a backup") from None
     if index.d != width:
         raise UserError(
@@ -243,6 +252,6 @@ def _sample(index: Any, embeddings: EmbeddingTable, database: Database, seed: in
     return rows
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """FAISS's message without its place in the source."""
     return re.sub(r"^Error in .* at \S+:\d+: ", "", " ".join(str(error).split())).rsplit("Error: ", 1)[-1][:200]

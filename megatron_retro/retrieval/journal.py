@@ -13,6 +13,7 @@ import pathlib
 from typing import Any
 
 from megatron_retro.errors import UserError
+from megatron_retro.reading import parse_json
 
 
 class Journal:
@@ -51,9 +52,10 @@ class Journal:
 
     def _change(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            change = json.loads(line)
+            change = parse_json(line)
             wanted = {"add": {"change", "document", "text"}, "remove": {"change", "document"}}[change["change"]]
             assert set(change) == wanted and all(isinstance(value, str) for value in change.values())
+            "".join(change.values()).encode()  # a ValueError where it holds what is no Unicode text
         except (ValueError, KeyError, TypeError, AssertionError):
             raise UserError(
                 f"--journal {self._path}:{number} is no change of a database; give a journal that tools/serve_retro.py "

@@ -38,10 +38,12 @@ import numpy as np
 
 from megatron_retro.data.chunks import ChunkTable, Stream, ranges, running_sum
 from megatron_retro.data.tokenizer import Tokenizer
+from megatron_retro.errors import UserError
+from megatron_retro.reading import WAY_OUT, load_array
 from megatron_retro.retrieval.database import Database
 from megatron_retro.retrieval.embedding import chunk_texts
 from megatron_retro.retrieval.retriever import Retriever
-from megatron_retro.storage import load_npy, replacing, save_npy
+from megatron_retro.storage import replacing, save_npy
 
 _CHUNKS_AT_ONCE = 4096  # whose texts are held
 _BLOCK = 256  # scores of which only the best is looked at first
@@ -119,14 +121,19 @@ class Bm25Index:
         """Open what `build` made; the large arrays stay on disk, mapped into memory.
 
         Raises:
-            FileNotFoundError: there is no such directory.
+            UserError: it is missing or damaged.
         """
         import bm25s
 
-        bm25 = bm25s.BM25.load(directory, mmap=True, allow_pickle=False, show_progress=False)
-        for name in ("data", "indices", "indptr"):
-            bm25.scores[name] = np.asarray(bm25.scores[name])  # still mapped; slices of a np.memmap are slow to make
-        return cls(bm25, load_npy(directory / "documents.npy"))
+        try:
+            bm25 = bm25s.BM25.load(directory, mmap=True, allow_pickle=False, show_progress=False)
+            arrays = {name: np.asarray(bm25.scores[name]) for name in ("data", "indices", "indptr")}
+            bm25.scores |= arrays  # still mapped; slices of a np.memmap are slow to make
+            _check_arrays(**arrays, num_docs=bm25.scores["num_docs"], vocab=bm25.vocab_dict)
+        except Exception as error:  # the library looks at nothing
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"{directory} is no index of words ({reason}); {WAY_OUT}") from None
+        return cls(bm25, np.array(load_array(directory / "documents.npy", np.int64, (None,))))
 
     def words(self, texts: list[str]) -> list[list[int]]:
         """Numbers of the words of each text, as often as they stand in it; words that no chunk has are left out."""
@@ -147,6 +154,16 @@ class Bm25Index:
         scores = self._bm25.scores
         shape = (self.num_chunks, self.num_words)
         return scipy.sparse.csc_matrix((scores["data"], scores["indices"], scores["indptr"]), shape).tocsr()
+
+
+def _check_arrays(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, num_docs: Any, vocab: Any) -> None:
+    """Check that an index's arrays fit one another, but for what would have to be read whole."""
+    kinds = [(array.dtype, array.ndim) for array in (data, indices, indptr)]
+    assert kinds == [(np.float32, 1), (np.int32, 1), (np.int64, 1)], "arrays of other types"
+    assert isinstance(num_docs, int) and isinstance(vocab, dict), "no number of chunks or no words"
+    assert len(data) == len(indices) and indptr[0] == 0 and indptr[-1] == len(data), "arrays of other lengths"
+    assert (indptr[1:] >= indptr[:-1]).all(), "words that overlap"
+    assert all(isinstance(number, int) and 0 <= number < len(indptr) - 1 for number in vocab.values()), "unknown words"
 
 
 class _Words:

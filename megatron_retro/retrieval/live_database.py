@@ -217,7 +217,8 @@ class LiveDatabase:
         if self._documents:
             lengths = np.array([len(tokens) for tokens in self._documents])
             live = Corpus(self.name, np.concatenate(self._documents), np.cumsum(lengths) - lengths, lengths, 0.0)
-            table = ChunkTable([*base.corpora, live], base.chunk_length, np.union1d(np.flatnonzero(base.removed), gone))
+            every_gone = np.union1d(np.flatnonzero(base.removed), gone)
+            table = ChunkTable([*base.corpora, live], base.chunk_length, every_gone, base.vocab_size)
         kept = np.setdiff1d(np.arange(own, table.num_documents), gone)
         added: Any = None
         if len(kept):

@@ -67,9 +67,11 @@ def _distances(queries: np.ndarray, near: np.ndarray, embeddings: EmbeddingTable
 def check_neighbors(
     ids: np.ndarray, distances: np.ndarray, own: np.ndarray, database: Database, complete: np.ndarray | bool = True
 ) -> None:
-    """Assert on every row: none from the own document, nearest first, and as many as there are where `complete` [n]."""
+    """Assert on every row: none from the own document, none twice, nearest first, all there are if `complete` [n]."""
     found = ids >= 0
     assert not (found & (own[:, :1] <= ids) & (ids < own[:, 1:])).any(), "a neighbor from the own document"
+    ascending = np.sort(ids, axis=1)
+    assert not ((ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] >= 0)).any(), "a neighbor twice"
     wanted = np.minimum(ids.shape[1], database.num_foreign(own))
     assert ((found.sum(1) == wanted) | ~np.asarray(complete)).all(), "fewer neighbors than there are"
     assert (found == np.isfinite(distances)).all() and (distances[:, 1:] >= distances[:, :-1]).all(), "out of order"

@@ -72,9 +72,9 @@ def build_chunks(work: WorkDir, config: PreprocessConfig) -> None:
 
 
 def _commit_chunks(work: WorkDir, config: PreprocessConfig) -> None:
-    from megatron_retro.data.chunks import ChunkTable, open_corpora
+    from megatron_retro.data.chunks import ChunkTable, open_corpora, removed_documents
     from megatron_retro.retrieval.database import Database
-    from megatron_retro.storage import load_npy, save_npy
+    from megatron_retro.storage import save_npy
 
     settle(config, work, "db-build")
     length, weights = work.settings["retro_chunk_length"], split_weights(work.settings["split"])
@@ -85,7 +85,7 @@ def _commit_chunks(work: WorkDir, config: PreprocessConfig) -> None:
             known = ", ".join(corpus.name for corpus in opened)
             raise UserError(f"--retro-exclude-corpora: the work dir has no corpus {name!r}; it has {known}")
     removed = work.settings.get("removed")  # a file of document ids
-    table = ChunkTable(opened, length, load_npy(work.path / removed) if removed else None)
+    table = ChunkTable(opened, length, removed_documents(work.path / removed) if removed else None)
     corpora, files = [], [work.path / removed] if removed else []
     for number, corpus in enumerate(opened):
         begin, end = table.corpus_documents[number : number + 2]

@@ -49,7 +49,7 @@ def _write(index: OpenIndex, recalls: dict[str, float]) -> None:
         "retriever": work.settings["retro_retriever"],
         "tuned": work.settings["tuned"],
         **spent["measured"],
-        "share_with_fewer_neighbors": _share_with_fewer(NeighborTable(work), chunks["chunks"]),
+        "share_with_fewer_neighbors": _share_with_fewer(NeighborTable(work, index.table), chunks["chunks"]),
         "seconds": spent.get("seconds", {}),
     }
     text = json.dumps(summary, indent=1)
@@ -80,7 +80,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
 
 def _recall(index: OpenIndex) -> dict[str, float]:
     """Recall@K against exact search, for a random sample of all chunks that no setting was tuned on."""
-    neighbors = NeighborTable(index.work)
+    neighbors = NeighborTable(index.work, index.table)
     ks = sorted({min(k, neighbors.num_neighbors) for k in _RECALL_AT})
     seed = index.work.settings["seed"] + 1
     chunks, _, truth = sample_truth(

@@ -6,6 +6,7 @@ import socket
 from megatron_retro import distributed, mcore
 from megatron_retro.config.serving import ServeConfig
 from megatron_retro.errors import UserError
+from megatron_retro.reading import read_text
 from megatron_retro.retrieval.journal import Journal
 
 
@@ -47,10 +48,7 @@ def read_key(path: str | None) -> str | None:
     """
     if path is None:
         return None
-    try:
-        key = pathlib.Path(path).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--api-key-file {path} cannot be read ({error})") from None
+    key = read_text(f"--api-key-file {path}", pathlib.Path(path), "ascii").strip()
     if not key or len(key.split()) > 1:
         raise UserError(f"--api-key-file {path} holds no token; write one line without spaces")
     return key

@@ -50,14 +50,14 @@ class TrainingData:
 
     @classmethod
     def _of(cls, work: WorkDir, retrieve: bool) -> "TrainingData":
-        neighbors = None
+        table, neighbors = ChunkTable.open(work), None
         if retrieve:
             from megatron_retro.retrieval.neighbors import NeighborTable
 
-            neighbors = NeighborTable(work)
+            neighbors = NeighborTable(work, table)
             neighbors.open_all()
         return cls(
-            ChunkTable.open(work),
+            table,
             neighbors,
             split_weights(work),
             work.facts("tokenizer")["vocab_size"],
