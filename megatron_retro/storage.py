@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 
 from megatron_retro.errors import UserError
+from megatron_retro.reading import parse_json
 
 _WINDOW_BYTES, _NUM_WINDOWS = 1 << 16, 64
 _READ_BYTES = 1 << 20
@@ -61,10 +62,6 @@ def write_atomically(path: pathlib.Path, write: Callable[[BinaryIO], Any]) -> No
 
 def save_npy(path: pathlib.Path, array: np.ndarray) -> None:
     write_atomically(path, lambda file: np.save(file, array, allow_pickle=False))
-
-
-def load_npy(path: pathlib.Path) -> np.ndarray:
-    return np.load(path, allow_pickle=False)
 
 
 def append_line(file: BinaryIO, value: Any) -> None:
@@ -218,7 +215,7 @@ def read_sealed(path: pathlib.Path) -> dict[str, Any]:
         ValueError: it is something else, to the byte.
     """
     text = path.read_bytes()
-    value = json.loads(text)
+    value = parse_json(text)
     if not isinstance(value, dict) or "digest" not in value:
         raise ValueError("it has no digest")
     recorded = value.pop("digest")

@@ -30,6 +30,7 @@ from typing import Any
 
 from megatron_retro import distributed, storage
 from megatron_retro.errors import UserError
+from megatron_retro.reading import parse_json
 
 STAGES = ("tokenizer", "corpus", "chunks", "embeddings", "index", "neighbors")
 FORMAT_VERSION = 3
@@ -308,7 +309,7 @@ def _read_manifest(file: pathlib.Path) -> dict[str, Any]:
 def _version(file: pathlib.Path) -> Any:
     """What a manifest that is not as it was written says about itself; None where it says nothing."""
     try:
-        return json.loads(file.read_bytes())["version"]
+        return parse_json(file.read_bytes())["version"]
     except (ValueError, KeyError, TypeError, OSError):
         return None
 

@@ -4,6 +4,7 @@ Every run gives the readers the same files; `RETRO_FUZZ_EXAMPLES` sets how many 
 """
 
 import ast
+import dataclasses
 import gzip
 import json
 import os
@@ -49,6 +50,7 @@ from megatron_retro.retrieval.index import check_factory, read_index, write_inde
 from megatron_retro.retrieval.journal import Journal
 from megatron_retro.retrieval.lexical import Bm25Index
 from megatron_retro.retrieval.neighbors import NeighborTable
+from megatron_retro.training import checkpoint
 from megatron_retro.workdir import WorkDir
 
 EXAMPLES = int(os.environ.get("RETRO_FUZZ_EXAMPLES", "50"))
@@ -133,6 +135,17 @@ def read_modules(path: pathlib.Path) -> None:
     embedding._check_modules("a", path.parent)
 
 
+def read_manifest(path: pathlib.Path) -> None:
+    assert WorkDir(path.parent).has("neighbors")
+
+
+def read_state(path: pathlib.Path) -> None:
+    checkpoint.read_state(path.parent)
+
+
+STATE = json.dumps({field.name: 3 for field in dataclasses.fields(checkpoint.RunState)}).encode()
+
+
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory: pytest.TempPathFactory, small_work: pathlib.Path) -> dict[str, tuple[pathlib.Path, Any]]:
     """name -> (a valid file, its reader)."""
@@ -180,6 +193,8 @@ def valid(tmp_path_factory: pytest.TempPathFactory, small_work: pathlib.Path) ->
         "questions": (file("questions.jsonl", json.dumps(questions).encode() + b"\n"), read_questions),
         "ids": (file("ids.txt", b"my_text_data:0\nmy_text_data:39\n"), lambda path: read_ids(path, work)),
         "journal": (file("journal.jsonl", "".join(json.dumps(c) + "\n" for c in changed).encode()), read_journal),
+        "manifest": (file("work/manifest.json", (small_work / "manifest.json").read_bytes()), read_manifest),
+        "run state": (file("run/run.json", STATE), read_state),
         "embedder": (file("embedder/config.json", b'{"hidden_size": 384, "layers": [1, 2]}'), read_embedder),
         "modules": (file("modules/modules.json", b'[{"type": "sentence_transformers.models.Pooling"}]'), read_modules),
     }
@@ -188,7 +203,8 @@ def valid(tmp_path_factory: pytest.TempPathFactory, small_work: pathlib.Path) ->
 WORDS = ("data.csc.index.npy", "documents.npy", "indices.csc.index.npy", "indptr.csc.index.npy")
 WORDS += ("params.index.json", "vocab.index.json")
 NAMES = ("json lines", "gzip", "zstandard", "text", "parquet", "idx", "bin", "npy", "SentencePiece", "tokenizer.json")
-NAMES += ("faiss", "yaml", "prompts", "prompt lines", "questions", "ids", "journal", "embedder", "modules")
+NAMES += ("faiss", "yaml", "prompts", "prompt lines", "questions", "ids", "journal", "embedder", "modules", "manifest")
+NAMES += ("run state",)
 NAMES += tuple(f"words {name}" for name in WORDS)
 
 

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from megatron_retro.reading import parse_json
 from megatron_retro.storage import write_atomically
 from megatron_retro.workdir import WorkDir
 
@@ -10,7 +11,7 @@ from megatron_retro.workdir import WorkDir
 def read(work: WorkDir) -> dict[str, dict[str, Any]]:
     """`seconds` and `peak_memory_mb` by task, and what was `measured`; empty where nothing is known."""
     try:
-        return dict(json.loads((work.path / "report" / "costs.json").read_bytes()))
+        return dict(parse_json((work.path / "report" / "costs.json").read_bytes()))
     except (OSError, ValueError, TypeError):
         return {}
 

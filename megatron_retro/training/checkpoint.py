@@ -18,6 +18,7 @@ from megatron_retro.config import flags
 from megatron_retro.config.model import ModelConfig, ParallelConfig, RetroConfig
 from megatron_retro.config.training import PretrainConfig
 from megatron_retro.errors import UserError
+from megatron_retro.reading import parse_json
 from megatron_retro.training import checkpoint_files
 
 # What the weights' shapes and meaning depend on: a checkpoint's values must be the run's.
@@ -72,7 +73,7 @@ def save(directory: str, model: torch.nn.Module, optimizer: Any, state: RunState
 def read_state(path: pathlib.Path) -> RunState:
     """The run state of a checkpoint found by `find`."""
     try:
-        return RunState(**json.loads((path / "run.json").read_text(encoding="utf-8")))
+        return RunState(**parse_json((path / "run.json").read_bytes()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path / 'run.json'} is not a run's state ({error}); load another checkpoint") from None
 
