@@ -165,10 +165,10 @@ def test_an_interrupted_build_leaves_no_directory(monkeypatch, table, tokenizer,
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="bm25 is no index of words"):
         Bm25Index.open(tmp_path / "bm25")
-    (tmp_path / "bm25.tmp").mkdir()  # of a build that was killed
-    (tmp_path / "bm25.tmp" / "more").write_text("")
+    (tmp_path / "bm25.partial").mkdir()  # of a build that was killed
+    (tmp_path / "bm25.partial" / "more").write_text("")
     Bm25Index.build(tmp_path / "bm25", table, tokenizer, database)
-    assert not (tmp_path / "bm25" / "more").exists() and not (tmp_path / "bm25.tmp").exists()
+    assert not (tmp_path / "bm25" / "more").exists() and not (tmp_path / "bm25.partial").exists()
     with pytest.raises(FileExistsError):
         Bm25Index.build(tmp_path / "bm25", table, tokenizer, database)
 
