@@ -5,6 +5,7 @@ Every run gives the readers the same files; `RETRO_FUZZ_EXAMPLES` sets how many 
 
 import ast
 import dataclasses
+import faulthandler
 import gzip
 import json
 import os
@@ -287,6 +288,7 @@ def in_limited_memory(act: Callable[[], object], megabytes: int) -> bool:
     """Whether `act` ends well in a fork that may take so much more address space than it has."""
     pid = os.fork()
     if not pid:
+        faulthandler.disable()
         try:
             used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20), resource.RLIM_INFINITY))
