@@ -6,7 +6,14 @@ from conftest import stdlib_texts, write_jsonl
 
 from megatron_retro.data.chunks import ChunkTable, Corpus, ranges
 from megatron_retro.data.documents import Source, blocks
-from megatron_retro.data.tokenize import check_token_ids, merge_parts, sample_texts, token_dtype, write_part
+from megatron_retro.data.tokenize import (
+    check_token_ids,
+    count_parts,
+    merge_parts,
+    sample_texts,
+    token_dtype,
+    write_part,
+)
 from megatron_retro.data.tokenizer import Tokenizer, train
 from megatron_retro.errors import UserError
 
@@ -127,7 +134,8 @@ def test_parts_merge_to_one_document_a_sequence_ending_with_eod(tmp_path, tokeni
         parts = [tmp_path / f"{size}" / f"{number:08d}" for number in range(-(-len(records) // size))]
         for part, block in zip(parts, blocks(iter(records), max_records=size), strict=True):
             write_part(part, block, tokenizer, "text", strict=False)
-        counts = merge_parts(parts, tmp_path / f"merged{size}", token_dtype(tokenizer.vocab_size))
+        merge_parts(parts, tmp_path / f"merged{size}", token_dtype(tokenizer.vocab_size))
+        counts = count_parts(parts)
         assert (counts["documents"], counts["skipped"]) == (len(texts), {"empty text": 1})
         merged.append([(tmp_path / f"merged{size}{end}").read_bytes() for end in (".bin", ".idx")])
     assert merged[0] == merged[1]
