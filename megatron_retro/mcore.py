@@ -5,7 +5,6 @@ optimizer, distributed checkpoints. Tested with 0.16.1.
 """
 
 import contextlib
-import datetime
 import functools
 import itertools
 import os
@@ -60,7 +59,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import local_multi_tensor_l2_norm
 
-from megatron_retro import mcore_optimizer
+from megatron_retro import distributed, mcore_optimizer, watch
 from megatron_retro.mcore_cpu import TypeNamesMode, redirect_to_cpu
 
 __all__ = [
@@ -130,13 +129,16 @@ def initialize(
     if not has_gpu():
         redirect_to_cpu()
     if not dist.is_initialized():
-        backend, timeout = ("nccl" if has_gpu() else "gloo"), datetime.timedelta(minutes=timeout_minutes)
+        backend = "nccl" if has_gpu() else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            distributed.join(backend, timeout_minutes)
         else:
-            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel(
-        tensor_parallel_size, pipeline_parallel_size, virtual_stages if virtual_stages > 1 else None
+        tensor_parallel_size,
+        pipeline_parallel_size,
+        virtual_stages if virtual_stages > 1 else None,
+        distributed_timeout_minutes=distributed.collective_timeout(timeout_minutes).total_seconds() / 60,  # type: ignore[arg-type]
     )
     reseed(0)
 
@@ -181,7 +183,8 @@ def _is_simulated() -> bool:
 
 
 def shut_down() -> None:
-    """Leave the groups and the process group."""
+    """Leave the groups and the process group, when all ranks have done their part."""
+    watch.close()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

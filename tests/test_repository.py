@@ -18,11 +18,12 @@ from packaging.requirements import Requirement
 PACKAGE = ROOT / "megatron_retro"
 
 # Who may import whom inside the package. tools/ and pretrain_retro.py may import all of it.
-BASE = {"errors", "reading", "distributed", "terminal", "storage", "workdir", "config"}
+BASE = {"errors", "reading", "distributed", "terminal", "watch", "storage", "workdir", "config"}
 ARROWS = {
-    "errors": set(),
+    "watch": set(),
+    "errors": {"watch"},
     "reading": {"errors"},
-    "distributed": {"errors"},
+    "distributed": {"errors", "watch"},
     "terminal": set(),
     "storage": {"errors", "reading"},
     "workdir": {"errors", "reading", "distributed", "storage"},

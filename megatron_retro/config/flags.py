@@ -101,6 +101,16 @@ def at_least(least: int, group: Any, *names: str) -> None:
             raise UserError(f"{flag_name(name)} is {value}; it must be at least {least}")
 
 
+def check_timeout(minutes: float) -> None:
+    """Refuse a --distributed-timeout-minutes that is no time.
+
+    Raises:
+        UserError: names the flag and the value.
+    """
+    if not 0 < minutes <= 7 * 24 * 60:
+        raise UserError(f"--distributed-timeout-minutes is {minutes:g}; it lies above 0 and up to a week's 10080")
+
+
 def _groups(config_class: type) -> dict[str, type]:
     return {field.name: typing.cast(type, field.type) for field in dataclasses.fields(config_class)}
 

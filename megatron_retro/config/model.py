@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from megatron_retro.config.flags import at_least, flag, flag_name
+from megatron_retro.config.flags import at_least, check_timeout, flag, flag_name
 from megatron_retro.errors import UserError
 
 RETRIEVAL_MODES = ("on", "off", "random")  # of evaluation and generation
@@ -149,7 +149,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = flag(1, "ranks that share out the layers (PP)")
     sequence_parallel: bool = flag(False, "shard activations between the tensor-parallel parts along the sequence")
     bf16: bool = flag(False, "train in bfloat16 with fp32 main weights; without it fp32")
-    distributed_timeout_minutes: int = flag(10, "minutes until a rank gives up waiting for another")
+    distributed_timeout_minutes: float = flag(
+        10, "minutes without a sign of a rank, or without progress of any, until the others give up"
+    )
 
     def finish(self, world_size: int, model: ModelConfig, retro: RetroConfig | None) -> None:
         """Check that the layout fits the ranks and the model.
@@ -159,6 +161,7 @@ class ParallelConfig:
         """
         tensor, stages = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
         at_least(1, self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        check_timeout(self.distributed_timeout_minutes)
         if world_size % (tensor * stages):
             raise UserError(
                 f"--tensor-model-parallel-size {tensor} × --pipeline-model-parallel-size {stages} must divide the "

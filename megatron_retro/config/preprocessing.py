@@ -7,7 +7,7 @@ from `DEFAULTS`. The first task that uses a setting writes it to the manifest; f
 import dataclasses
 from typing import Any
 
-from megatron_retro.config.flags import flag, flag_name
+from megatron_retro.config.flags import check_timeout, flag, flag_name
 from megatron_retro.errors import UserError
 from megatron_retro.workdir import WorkDir
 
@@ -64,6 +64,7 @@ class WorkGroup:
         "what is damaged is made again; quick: sizes, small files, samples of large ones; full: every byte",
         choices=("quick", "full"),
     )
+    distributed_timeout_minutes: float = flag(10, "minutes without a sign of a rank until the others give it up")
     seed: int | None = flag(None, "seed of the tokenizer's, the index's and the recall sample", show="1234")
 
 
@@ -159,6 +160,7 @@ class PreprocessConfig:
             )
         if self.documents.document_ids and self.tasks() != ("remove-documents",):
             raise UserError("--document-ids goes with --retro-tasks remove-documents")
+        check_timeout(self.work.distributed_timeout_minutes)
         if self.work.seed is not None and self.work.seed < 0:
             raise UserError(f"--seed is {self.work.seed}; it takes a whole number of at least 0")
 

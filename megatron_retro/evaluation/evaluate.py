@@ -9,7 +9,7 @@ import json
 import pathlib
 from typing import Any
 
-from megatron_retro import distributed, mcore
+from megatron_retro import distributed, mcore, watch
 from megatron_retro.config import flags
 from megatron_retro.config.evaluation import EvaluateConfig, EvaluationConfig
 from megatron_retro.config.model import RETRIEVAL_MODES, ModelConfig, RetroConfig
@@ -44,6 +44,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         parallel.pipeline_model_parallel_size,
         timeout_minutes=parallel.distributed_timeout_minutes,
     )
+    watch.at("the evaluation")
     for flag, file in (("--output", results.output), ("--report", results.report)):
         if file:
             distributed.together(functools.partial(check_writable, flag, pathlib.Path(file).absolute().parent))

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from megatron_retro import distributed, mcore
+from megatron_retro import distributed, mcore, watch
 from megatron_retro.config.generation import GenerateConfig
 from megatron_retro.config.model import ParallelConfig
 from megatron_retro.data.chunks import ChunkTable
@@ -111,6 +111,7 @@ def open_trained(load: str, work_dir: str, parallel: ParallelConfig) -> tuple[Wo
         parallel.pipeline_model_parallel_size,
         timeout_minutes=parallel.distributed_timeout_minutes,
     )
+    watch.at("the generation")
     work = distributed.together(lambda: _open_work_dir(work_dir))
     work.verify(STAGES)
     trained = load_trained(load, parallel)

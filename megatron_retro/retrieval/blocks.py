@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_retro import distributed
+from megatron_retro import distributed, watch
 from megatron_retro.data.chunks import running_sum
 from megatron_retro.reading import load_array
 from megatron_retro.retrieval.progress import Progress
@@ -87,7 +87,9 @@ def make_blocks(
             for number in missing:
                 group.append(number)
                 if sum(sizes[member] for member in group) >= chunks_at_once or number == missing[-1]:
-                    make(group, progress.advance)
+                    named = f"block {number}" if len(group) == 1 else f"blocks {group[0]} to {number}"
+                    with watch.doing(named):
+                        make(group, progress.advance)
                     group = []
 
     distributed.together(share)

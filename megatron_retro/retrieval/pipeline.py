@@ -7,7 +7,7 @@ Heavy libraries are imported by the tasks that need them, so a run with nothing 
 
 import time
 
-from megatron_retro import distributed
+from megatron_retro import distributed, watch
 from megatron_retro.config.preprocessing import CHANGES, PreprocessConfig, check_given
 from megatron_retro.errors import UserError
 from megatron_retro.retrieval import costs, stages
@@ -15,8 +15,6 @@ from megatron_retro.retrieval.corpora import check_sources, remove_parts, tokeni
 from megatron_retro.retrieval.progress import duration, forget_peak_memory, peak_memory, say
 from megatron_retro.storage import check_writable
 from megatron_retro.workdir import NEXT, STAGES, WorkDir
-
-_HOURS_A_TASK = 7 * 24  # a rank may wait so long for the slowest one
 
 # The stage that records a task as finished; index-train is finished when its file is there.
 _STAGE = {"tokenize": "corpus", "db-build": "chunks", "embed": "embeddings", "index-add": "index"}
@@ -34,7 +32,8 @@ def preprocess(config: PreprocessConfig) -> None:
     is_change = config.tasks()[0] in CHANGES
     if not is_change:
         check_sources(config, work)
-    distributed.init_gloo(timeout_minutes=60 * _HOURS_A_TASK)
+    distributed.init_gloo(config.work.distributed_timeout_minutes)
+    watch.at("the check of the work dir")
     distributed.together(lambda: check_writable("--retro-work-dir", work.path))
     if is_change:
         return _change(work, config)
@@ -59,6 +58,7 @@ def _change(work: WorkDir, config: PreprocessConfig) -> None:
     from megatron_retro.retrieval.changes import change
 
     _use_cores()
+    watch.at(config.tasks()[0])
     work.verify(tuple(work.manifest["stages"]))
     before = work.manifest
     change(work, config)
@@ -98,6 +98,7 @@ def _use_cores() -> None:
 
 
 def _run(task: str, work: WorkDir, config: PreprocessConfig) -> None:
+    watch.at(task)
     start = time.monotonic()
     forget_peak_memory()
     if task == "tokenize":
@@ -132,6 +133,7 @@ def _is_summarized(work: WorkDir) -> bool:
 
 
 def _summarize(work: WorkDir) -> None:
+    watch.at("the summary")
     if work.has("neighbors"):
         from megatron_retro.retrieval.summary import summarize
 

@@ -1,5 +1,6 @@
 """Where a run's figures go: a line on the terminal, a JSON line in metrics.jsonl, TensorBoard."""
 
+import dataclasses
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import time
 from typing import Any
 
 from megatron_retro import distributed
+from megatron_retro.training.stragglers import STEPS, Straggler
 
 _LONGEST_LINE = 1 << 16  # bytes of metrics.jsonl
 
@@ -49,6 +51,14 @@ class RunLog:
             f"({_percent(figures['matmul_share'])} of a matrix product's)  {_shares(figures)}  "
             f"{seconds_a_step:.2f} s/iteration  left {_clock(left)}"
         )
+        self.write(iteration, figures)
+
+    def straggler(self, iteration: int, found: Straggler) -> None:
+        self.say(
+            f"rank {found.rank} is slow: {found.factor:.1f} × the median of its peers in the last {STEPS} steps, "
+            f"most of it in {found.phase}"
+        )
+        figures = {f"straggler_{name}": value for name, value in dataclasses.asdict(found).items()}
         self.write(iteration, figures)
 
     def write(self, iteration: int, figures: dict[str, Any]) -> None:

@@ -25,7 +25,9 @@ from megatron_retro.training.matrix_rate import matrix_rate
 from megatron_retro.training.prefetch import BatchSource, Prefetched
 from megatron_retro.training.step import Step, make_model_and_optimizer, microbatches, train_step
 from megatron_retro.training.stopping import StopRequest, TimeLimit
+from megatron_retro.training.stragglers import Stragglers
 from megatron_retro.training.timing import StepClock, speed_figures
+from megatron_retro.watch import at, doing, expect_progress
 
 
 def train(config: PretrainConfig, started: float) -> None:
@@ -95,6 +97,7 @@ def train(config: PretrainConfig, started: float) -> None:
     if run.eval_iters and valid_samples is None:
         log.say("the valid split is empty: no evaluation")
 
+    @doing("the save")
     def save() -> None:
         nonlocal newest, saved_iteration
         began = time.monotonic()
@@ -118,6 +121,7 @@ def train(config: PretrainConfig, started: float) -> None:
         time_limit.saved(time.monotonic() - began)
         log.say(f"saved iteration {iteration} to {run.save}")
 
+    @doing("the validation")
     def evaluate() -> None:
         if valid_samples is None:
             return
@@ -168,7 +172,10 @@ def train(config: PretrainConfig, started: float) -> None:
     best_rate = matrix_rate(torch.bfloat16 if parallel.bf16 else torch.float32)
     first_iteration = logged_iteration = iteration
     log.say(f"a matrix product runs at {best_rate / 1e12:.4g} TFLOP/s")
+    stragglers = Stragglers(clock, *_work_of_this_rank(model))
+    expect_progress()
     while iteration < optimization.train_iters:
+        at(f"iteration {iteration + 1}")
         mcore.reseed(config.data.seed + iteration)  # so that a resumed run draws what this one would have drawn
         ids = consumed_samples + np.arange(optimization.global_batch_size)
         step = train_step(
@@ -187,6 +194,8 @@ def train(config: PretrainConfig, started: float) -> None:
         schedule.step(increment=optimization.global_batch_size)
         iteration += 1
         consumed_samples += optimization.global_batch_size
+        if slow := stragglers.after_step():
+            log.straggler(iteration, slow)
 
         why_exit = _why_exit(step, run.exit_interval, iteration - first_iteration)
         last = iteration == optimization.train_iters
@@ -217,6 +226,12 @@ def train(config: PretrainConfig, started: float) -> None:
             break
     log.close()
     mcore.shut_down()
+
+
+def _work_of_this_rank(model: mcore.ModelChunks) -> tuple[float, int]:
+    """(multiply-adds a token, parameters)."""
+    costs = mcore.unwrap(model).plan.costs
+    return costs[mcore.parallel_state.get_pipeline_model_parallel_rank()], sum(p.numel() for p in model.parameters())
 
 
 def _read_ahead(config: PretrainConfig, samples: Samples, iteration: int, consumed_samples: int) -> BatchSource:

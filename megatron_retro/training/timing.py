@@ -8,19 +8,17 @@ import collections
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_retro import mcore
+from megatron_retro import distributed, mcore, watch
 
 DATA, FORWARD_BACKWARD, COMMUNICATION, OPTIMIZER = PHASES = ("data", "forward_backward", "communication", "optimizer")
 _OTHER = "other"
-
-# Through these methods goes all communication, whichever function of torch.distributed was called and under which name.
-_COLLECTIVES = ("all", "_all", "broadcast", "gather", "reduce", "_reduce", "scatter", "send", "recv", "_end_coalescing")
+_PLACES = {DATA: "the samples", FORWARD_BACKWARD: "the forward and backward pass", OPTIMIZER: "the optimizer"}
 
 
 class StepClock:
@@ -29,6 +27,7 @@ class StepClock:
     def __init__(self) -> None:
         self._gpu = mcore.has_gpu()
         self._seconds = dict.fromkeys((*PHASES, _OTHER), 0.0)
+        self._taken = dict(self._seconds)
         self._phases: list[str] = []
         self._marks: collections.deque[tuple[Any, str | None]] = collections.deque()  # when; the phase from then on
 
@@ -36,15 +35,20 @@ class StepClock:
     def step(self) -> Iterator[None]:
         """Around a step: only in there is anything counted, communication where it happens."""
         self._sum_up(wait=False)
-        with self.phase(_OTHER), _observed_collectives(functools.partial(self.phase, COMMUNICATION)):
-            yield
+        stop = distributed.observe_collectives(functools.partial(self.phase, COMMUNICATION))
+        try:
+            with self.phase(_OTHER):
+                yield
+        finally:
+            stop()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self._phases.append(name)
         self._mark()
         try:
-            yield
+            with watch.doing(_PLACES[name]) if name in _PLACES else contextlib.nullcontext():
+                yield
         finally:
             self._phases.pop()
             self._mark()
@@ -52,8 +56,13 @@ class StepClock:
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call, those of none as "other"; on a GPU it waits for the steps to end."""
         self._sum_up(wait=True)
-        taken, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
-        return taken
+        before, self._taken = self._taken, dict(self._seconds)
+        return {phase: seconds - before[phase] for phase, seconds in self._seconds.items()}
+
+    def total(self) -> dict[str, float]:
+        """Seconds by phase of all steps, on a GPU of what has come to its end."""
+        self._sum_up(wait=False)
+        return dict(self._seconds)
 
     def _mark(self) -> None:
         phase = self._phases[-1] if self._phases else None
@@ -94,29 +103,3 @@ def speed_figures(clock: StepClock, tokens: int, flops_a_token: float, best_rate
         "matmul_share": reached / rate,
         **{f"{phase}_share": of_phase / total for phase, of_phase in zip(PHASES, of_phases, strict=True)},
     }
-
-
-@contextlib.contextmanager
-def _observed_collectives(around: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
-    """Run a block in which each collective, send and receive, and each wait for one, runs inside `around()`."""
-    methods: list[tuple[type, str]] = [
-        (dist.ProcessGroup, name) for name in vars(dist.ProcessGroup) if name.startswith(_COLLECTIVES)
-    ]
-    methods.append((dist.Work, "wait"))
-    originals = [(owner, name, vars(owner)[name]) for owner, name in methods]  # getattr's would lose their `self`
-    for owner, name, original in originals:
-        setattr(owner, name, _inside(around, original))
-    try:
-        yield
-    finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
-
-
-def _inside(around: Callable[[], contextlib.AbstractContextManager], function: Callable) -> Callable:
-    @functools.wraps(function)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        with around():
-            return function(*args, **kwargs)
-
-    return called
