@@ -8,6 +8,7 @@ again takes the same one. A fingerprint guards against accidents; it is no signa
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -119,6 +120,25 @@ def check_writable(flag: str, directory: pathlib.Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{flag} {directory} cannot be written to ({error.strerror}); give another directory") from None
+
+
+def lock(flag: str, directory: pathlib.Path) -> BinaryIO:
+    """Keep other runs from writing to a directory until the file returned is closed (by one rank).
+
+    Raises:
+        UserError: one does.
+    """
+    with explained(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(directory / ".lock", "ab")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # processes that this one forks do not hold it
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(f"{flag} {directory}: another run is writing there; wait for its end, or stop it") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 def sync(path: pathlib.Path) -> None:

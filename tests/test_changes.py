@@ -149,7 +149,7 @@ def test_removed_documents_equal_a_build_without_them(work, texts, tmp_path):
     tokens = (work / "corpus" / "first.2.bin").read_bytes()
     assert tokens == (tmp_path / "scratch" / "corpus" / "first.bin").read_bytes()
     named = {name for record in compacted.manifest["stages"].values() for name in record["files"]}
-    there = {name for name in snapshot(work) if not name.startswith(("report/", "manifest."))}
+    there = {name for name in snapshot(work) if not name.startswith(("report/", "manifest.", ".lock"))}
     assert there == named
     before = written(work)
     build(work, "--retro-tasks", "compact")
@@ -202,7 +202,7 @@ def test_a_database_found_by_words_changes_too(kind, first, texts, tmp_path):
             assert np.array_equal(ours, theirs)
         build(work, "--retro-tasks", "compact")
     named = {name for record in after.manifest["stages"].values() for name in record["files"]}
-    assert {name for name in snapshot(work) if not name.startswith(("report/", "manifest."))} == named
+    assert {name for name in snapshot(work) if not name.startswith(("report/", "manifest.", ".lock"))} == named
 
 
 # ------------------------------------------------------------------------------------------------ interruptions

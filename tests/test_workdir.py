@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from launch import ROOT
 
 from megatron_retro.errors import UserError
-from megatron_retro.storage import fingerprint, save_npy, write_atomically
+from megatron_retro.storage import fingerprint, lock, save_npy, write_atomically
 from megatron_retro.workdir import WorkDir
 
 
@@ -83,6 +86,22 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_atomically(tmp_path / "a.npy", fail)
     assert np.load(tmp_path / "a.npy").tolist() == [0, 1, 2]
     assert [file.name for file in tmp_path.iterdir()] == ["a.npy"]
+
+
+def test_two_runs_do_not_write_to_one_directory(tmp_path):
+    program = f"""
+import pathlib, sys
+from megatron_retro.storage import lock
+held = lock("--save", pathlib.Path({str(tmp_path)!r}))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdin=-1, stdout=-1, cwd=ROOT, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=f"--save {tmp_path}: another run is writing there"):
+            lock("--save", tmp_path)
+        other.kill()
+    lock("--save", tmp_path).close()
 
 
 def test_large_files_are_told_apart_by_windows(tmp_path):

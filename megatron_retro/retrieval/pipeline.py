@@ -5,6 +5,7 @@ out its blocks: rank r makes the blocks b with b % world_size == r. Only rank 0 
 Heavy libraries are imported by the tasks that need them, so a run with nothing to do ends at once.
 """
 
+import contextlib
 import time
 
 from megatron_retro import distributed, watch
@@ -13,7 +14,7 @@ from megatron_retro.errors import UserError
 from megatron_retro.retrieval import costs, stages
 from megatron_retro.retrieval.corpora import check_sources, remove_parts, tokenize
 from megatron_retro.retrieval.progress import duration, forget_peak_memory, peak_memory, say
-from megatron_retro.storage import check_writable
+from megatron_retro.storage import check_writable, lock
 from megatron_retro.workdir import NEXT, STAGES, WorkDir
 
 # The stage that records a task as finished; index-train is finished when its file is there.
@@ -47,10 +48,11 @@ def preprocess(config: PreprocessConfig) -> None:
         return
     _use_cores()
     width = distributed.together(lambda: stages.check_engines(work, config, todo) if distributed.rank() == 0 else None)
-    for task in todo:
-        _run(task, work, config)
-        if task == "db-build":
-            work.on_rank_0(lambda: stages.check_index(work, config, todo, width))
+    with _locked(work):
+        for task in todo:
+            _run(task, work, config)
+            if task == "db-build":
+                work.on_rank_0(lambda: stages.check_index(work, config, todo, width))
     _summarize(work)
 
 
@@ -61,7 +63,8 @@ def _change(work: WorkDir, config: PreprocessConfig) -> None:
     watch.at(config.tasks()[0])
     work.verify(tuple(work.manifest["stages"]))
     before = work.manifest
-    change(work, config)
+    with _locked(work):
+        change(work, config)
     after = WorkDir(work.path)
     if after.manifest != before:
         _summarize(after)
@@ -89,6 +92,12 @@ def is_done(work: WorkDir, task: str) -> bool:
     if task == "index-train":
         return stages.is_trained(work)
     return work.has(_STAGE[task]) and (task != "tokenize" or work.has("tokenizer"))
+
+
+def _locked(work: WorkDir) -> contextlib.AbstractContextManager:
+    """Around writing to a work dir; every rank calls it."""
+    file = distributed.together(lambda: lock("--retro-work-dir", work.path) if distributed.rank() == 0 else None)
+    return file or contextlib.nullcontext()
 
 
 def _use_cores() -> None:

@@ -16,7 +16,7 @@ from megatron_retro.data.samples import Samples
 from megatron_retro.errors import UserError
 from megatron_retro.model.flops import multiply_adds
 from megatron_retro.model.model import padded_vocab_size
-from megatron_retro.storage import check_writable
+from megatron_retro.storage import check_writable, lock
 from megatron_retro.training import bad_steps, checkpoint, checkpoint_files
 from megatron_retro.training.data import TrainingData, check_split
 from megatron_retro.training.evaluation import sample_losses
@@ -77,6 +77,8 @@ def train(config: PretrainConfig, started: float) -> None:
     schedule = _schedule(config, optimizer)
 
     # ---- resume
+    save_directory = pathlib.Path(run.save) if run.save and distributed.rank() == 0 else None
+    held = distributed.together(lambda: lock("--save", save_directory) if save_directory else None)
     log = RunLog(run.save, run.tensorboard_dir, optimization.train_iters)
     iteration = consumed_samples = 0
     newest, saved_iteration = None, -1  # the checkpoint loaded or saved last; what --save holds
@@ -225,6 +227,8 @@ def train(config: PretrainConfig, started: float) -> None:
             stop.obeyed()
             break
     log.close()
+    if held:
+        held.close()
     mcore.shut_down()
 
 
