@@ -56,6 +56,29 @@ def test_read_ahead_the_batches_are_the_same(samples: Samples) -> None:
         Prefetched(samples, iter(order[1:]), num_workers=1).batch(np.arange(3))
 
 
+FAILING = """
+import types
+from megatron_retro.errors import UserError, exit_on_user_error
+from megatron_retro.training.prefetch import Prefetched
+
+class Source:
+    def batch(self, ids):
+        return types.SimpleNamespace(sample_ids=ids)
+
+def main():
+    source = Prefetched(Source(), ([n] for n in range(1000)), num_workers=2)
+    source.batch([0])
+    raise UserError("enough")
+
+exit_on_user_error(main)
+"""
+
+
+def test_a_program_that_fails_ends_its_readers(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    assert "failing.py: error: enough" in run_forked(tmp_path / "failing.py", expect=2)
+
+
 def test_benchmark_reports_the_loader(small_work: pathlib.Path) -> None:
     small = "--preset cpu-tiny --samples 8 --num-layers 2 --hidden-size 32 --num-attention-heads 2 --retro-layers 1"
     output = run_forked("benchmarks/data_path.py", "--retro-work-dir", small_work, *small.split())

@@ -1,8 +1,10 @@
 """Samples read ahead of their step, by processes of their own, into pinned memory where there is a GPU."""
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -29,6 +31,7 @@ class Prefetched:
     """
 
     def __init__(self, samples: BatchSource, order: Iterator[np.ndarray], num_workers: int):
+        others = set(multiprocessing.active_children())
         self._batches = iter(
             DataLoader(
                 _ById(samples),
@@ -40,6 +43,7 @@ class Prefetched:
                 worker_init_fn=_leave_signals_to_the_parent,
             )
         )
+        atexit.register(_kill, set(multiprocessing.active_children()) - others)
 
     def batch(self, sample_ids: np.ndarray) -> Batch:
         """The next batch; it must be the one of `sample_ids`."""
@@ -54,6 +58,13 @@ class _ById(Dataset):
 
     def __getitem__(self, sample_ids: np.ndarray) -> Batch:
         return self._samples.batch(sample_ids)
+
+
+def _kill(workers: set[Any]) -> None:
+    """At the end of a program that failed, else they have ended. Python would send SIGTERM, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
+    for worker in workers:
+        worker.kill()
 
 
 def _leave_signals_to_the_parent(_: int) -> None:
