@@ -1,5 +1,6 @@
 # make quickstart   the whole way on real text: documents, work dir, training, resuming, evaluation (ten minutes)
 # make test         all tests
+# make torture      kills, power cuts, other layouts, damaged files: the table of docs/reliability.md (half an hour)
 # make check        format, lint, types, shell scripts
 # make docs-check   every command in README.md and docs/ parses, every file they name exists
 # make format       rewrite the sources as `make check` wants them
@@ -16,13 +17,17 @@ SCRIPTS := $(wildcard examples/*.sbatch examples/*/*.sh benchmarks/*.sh) .ci/run
 # Threads of each of the two processes that torchrun starts here; unset, torchrun says that it sets one.
 export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 2) // 2))')
 
-.PHONY: quickstart test chromium check docs-check format clean
+.PHONY: quickstart test torture chromium check docs-check format clean
 
 quickstart: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart/run.sh
 
 test: $(READY) chromium
 	$(BIN)/python -m pytest -q
+
+# ONLY="training layouts" takes some campaigns, ONLY=training:7 one trial.
+torture: $(READY)
+	PYTHONPATH=.:tests $(BIN)/python -m torture $(ONLY)
 
 # A browser reads the page of tools/inspect_retro_data.py in one of the tests. Where there is none, and this is root on
 # Debian, its package is installed; elsewhere that test is skipped, and says so.

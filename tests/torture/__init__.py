@@ -1,0 +1,1 @@
+"""What `make torture` does to the programs: kills, power cuts, other layouts, damaged files."""

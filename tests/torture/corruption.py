@@ -1,0 +1,144 @@
+"""Files damaged one at a time: each is named before anything is computed from it, and made again where it can be."""
+
+import pathlib
+import random
+import re
+import shutil
+
+from conftest import build
+
+from megatron_retro.errors import UserError
+from megatron_retro.training import checkpoint
+from megatron_retro.training.data import TrainingData
+from torture.training import make_work, pretrain
+from torture.trees import difference, tree
+from torture.trials import Lost, Result, run_trials, seeds
+
+NUM_REPAIRS = 20
+_FREE = ("latest_checkpointed_iteration.txt", "manifest.copy.json")  # no program reads them but for people
+
+
+class Material:
+    """A work dir and two checkpoints of a run on it, to be damaged and restored in place.
+
+    Attributes:
+        files: of every kind: (kind, path).
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self.work, self.save = make_work(folder), folder / "save"
+        pretrain(self.work, self.save, "--train-iters", 2, "--save-interval", 1)
+        self.sound = tree(self.work)
+        inside = [path for root in (self.work, self.save / "iter_0000002") for path in sorted(root.rglob("*"))]
+        names = [(path, path.relative_to(folder)) for path in inside if path.is_file()]
+        self.files = [
+            (re.sub(r"\d+", "0", str(name)), path)
+            for path, name in names
+            if name.name not in _FREE and name.parts[1] != "report"
+        ]
+
+    def open(self, path: pathlib.Path) -> None:
+        """What training does before it reads the work dir, or the checkpoint, in which `path` lies."""
+        if path.is_relative_to(self.work):
+            TrainingData.open(str(self.work), retrieve=True, verify="full")
+        else:
+            checkpoint.find_sound(str(self.save))
+
+
+def damage(material: Material, number: int) -> tuple[str, dict[pathlib.Path, bytes]]:
+    """Damage a file, or exchange two; (what was done, what was there before)."""
+    draw = random.Random(number)
+    kinds = sorted({kind for kind, _ in material.files})
+    path = draw.choice([path for kind, path in material.files if kind == kinds[number % len(kinds)]])
+    content = path.read_bytes()
+    before = {path: content}
+    others = [other for other in twins(material, path) if other.read_bytes() != content]
+    how = draw.choice(["flip", "flip", "cut", "swap" if others else "flip"]) if content else "grow"
+    if how == "flip":
+        place = draw.randrange(8 * len(content))
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        return f"bit {place} of {path} flipped", before
+    if how == "cut":
+        left = draw.choice([0, len(content) - 1, draw.randrange(len(content))])
+        path.write_bytes(content[:left])
+        return f"{path} cut to {left} bytes", before
+    if how == "swap":
+        other = draw.choice(others)
+        before[other] = other.read_bytes()
+        path.write_bytes(before[other])
+        other.write_bytes(content)
+        return f"{path} and {other} exchanged", before
+    path.write_bytes(b"\0")
+    return f"{path} grown by a byte", before
+
+
+def twins(material: Material, path: pathlib.Path) -> list[pathlib.Path]:
+    """Files of the same size: others of the work dir; for a checkpoint's also those of the one before."""
+    known = [other for _, other in material.files if other != path]
+    known += [other for other in (material.save / "iter_0000001").iterdir() if path.is_relative_to(material.save)]
+    return [other for other in known if other.stat().st_size == path.stat().st_size]
+
+
+def refuse(material: Material, number: int) -> str:
+    """Damage a file, see it refused and named, and restore it; what was done.
+
+    Raises:
+        Lost: it was opened, or the message names no damaged file.
+    """
+    done, before = damage(material, number)
+    try:
+        material.open(next(iter(before)))
+    except UserError as error:
+        if not any(str(path.name) in str(error) for path in before):
+            raise Lost(f"{done}, but the message names another file: {error}") from None
+    except Exception as error:
+        raise Lost(f"{done}: {type(error).__name__}, no UserError: {error}") from None
+    else:
+        raise Lost(f"{done}, and nobody noticed")
+    finally:
+        for path, content in before.items():
+            path.write_bytes(content)
+    return done
+
+
+def repair(material: Material, number: int, folder: pathlib.Path) -> None:
+    """Damage a file of a copy of the work dir, run the command that repairs it, compare with what it was.
+
+    Raises:
+        Lost: it is not what it was.
+    """
+    draw = random.Random(number)
+    work = shutil.copytree(material.work, folder / "work")
+    stages = re.compile(r"(tokenizer|corpus|chunks|embeddings|index|neighbors)/")
+    path = draw.choice([path for kind, path in material.files if stages.match(kind.partition("/")[2])])
+    path = work / path.relative_to(material.work)
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+    build(work, "--verify-data", "full")
+    aside = path.with_name(f"{path.name}.damaged")
+    if not aside.exists() or aside.read_bytes() != content:
+        raise Lost(f"{path} was not set aside")
+    aside.unlink()
+    if problem := difference(tree(work), material.sound):
+        raise Lost(f"{path} repaired: {problem}")
+
+
+def campaign(folder: pathlib.Path, count: int, only: int | None = None) -> Result:
+    """`count` damages, of which some are repaired; or the one of number `only`."""
+    material = Material(folder)
+    material.open(material.work)
+    material.open(material.save)
+    failures = run_trials("corruption", seeds(count, only), lambda n, _: refuse(material, n), at_once=1)
+    repaired = [] if only is not None else seeds(min(NUM_REPAIRS, count), None)
+    failures += run_trials("repair", repaired, lambda n, place: repair(material, n, place), at_once=1)
+    return Result(
+        "A flipped bit, a cut file, two exchanged files of the same size: refused before first use, with the file's "
+        "name; a work dir's file is set aside and made again, to the byte.",
+        f"Random damages of all {len({kind for kind, _ in material.files})} kinds of file in a work dir and a "
+        "checkpoint, manifests included, opened as training does with `--verify-data full`.",
+        f"{count} damages, {len(repaired)} repairs",
+        failures,
+    )

@@ -1,0 +1,214 @@
+"""Training killed: the newest complete checkpoint is found, and everything from there on is bit-equal."""
+
+import json
+import pathlib
+import random
+import re
+from typing import Any
+
+from conftest import build, stdlib_texts, write_jsonl
+
+from torture.saboteur import Fault, Outcome, cut_power, forget_copies, launch
+from torture.trees import checkpoint_hashes, difference, hash_of
+from torture.trials import Lost, Result, run_trials, seeds
+
+ITERATIONS, SAVE_INTERVAL = 8, 3
+SHAPE = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 128 --retro-layers 1,2 "
+    "--retro-encoder-hidden-size 16 --retro-encoder-num-attention-heads 2 --micro-batch-size 1 --global-batch-size 4 "
+    "--lr 1e-2 --log-interval 1 --eval-iters 0 --retro-random-neighbor-prob 0.2"
+).split()
+TENSOR, STAGES = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+SHARDED = "--use-distributed-optimizer"
+
+# Layouts that are killed: name -> (ranks, flags, share of the trials).
+LAYOUTS = {
+    "one rank": (1, "", 0.7),
+    "DP 2": (2, "", 0.1),
+    "PP 2": (2, STAGES, 0.1),
+    "DP 2, distributed optimizer": (2, f"{SHARDED} --overlap-grad-reduce --overlap-param-gather", 0.1),
+}
+
+
+def make_work(folder: pathlib.Path) -> pathlib.Path:
+    """A small work dir to train on, unless it is there."""
+    from torture.preprocessing import write_tiny_embedder
+
+    work = folder / "training-work"
+    if not work.exists():
+        documents = write_jsonl(folder / "training.jsonl", stdlib_texts(40))
+        embedder = write_tiny_embedder(folder / "training-embedder")
+        size = ["--vocab-size", "600", "--split", "80,10,10"]
+        build(work, "--input", str(documents), "--retro-embedder", str(embedder), *size)
+    return work
+
+
+def pretrain(
+    work: pathlib.Path,
+    save: pathlib.Path,
+    *more: object,
+    ranks: int = 1,
+    fault: Fault | None = None,
+    reload: pathlib.Path | None = None,
+) -> Outcome:
+    """A run that saves to `save`, which its fault points lie in; later ones of `more` flags win."""
+    flags = ["--retro-work-dir", work, "--retro-add-retriever", *SHAPE, "--save", save]
+    outcome = launch(["pretrain_retro.py", *flags, *more], save, ranks=ranks, fault=fault, reload=reload)
+    if not outcome.killed and outcome.code:
+        raise Lost(f"training on {ranks} ranks ended with exit code {outcome.code}\n{outcome.text[-3000:]}")
+    return outcome
+
+
+class Run:
+    """What a run has told: figures of its updates, samples and neighbors, drawn random numbers, its last state."""
+
+    def __init__(self, save: pathlib.Path, outcomes: list[Outcome]):
+        self.figures: dict[int, tuple] = {}
+        for line in metrics_lines(save):
+            if "lm_loss" in line:
+                told = tuple(line[key] for key in ("lm_loss", "grad_norm", "learning_rate", "consumed_samples"))
+                if self.figures.setdefault(line["iteration"], told) != told:
+                    raise Lost(f"update {line['iteration']} was {self.figures[line['iteration']]}, then {told}")
+        self.samples: dict[int, str] = {}
+        for outcome in outcomes:
+            for fact in outcome.facts:
+                if "sample" in fact:
+                    told = hash_of(json.dumps([fact["chunks"], fact["neighbors"]]).encode())
+                    if self.samples.setdefault(fact["sample"], told) != told:
+                        raise Lost(f"sample {fact['sample']} was read with other chunks or neighbors")
+        self.drawn = [fact["drawn"] for fact in outcomes[-1].facts if "drawn" in fact]
+
+
+def metrics_lines(save: pathlib.Path) -> list[dict[str, Any]]:
+    file = save / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+class Material:
+    """For each layout, an uninterrupted run."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.work = folder, make_work(folder)
+        self.runs: dict[str, Run] = {}
+        self.outcomes: dict[str, Outcome] = {}
+        self.state: dict[str, dict[str, str]] = {}
+
+    def make(self, layouts: tuple[str, ...] = tuple(LAYOUTS)) -> None:
+        for layout in layouts:
+            save = self.folder / layout
+            outcome = self.pretrain(layout, save)
+            self.outcomes[layout], self.runs[layout] = outcome, Run(save, [outcome])
+            self.state[layout] = checkpoint_hashes(save / f"iter_{ITERATIONS:07d}")
+
+    def pretrain(self, layout: str, save: pathlib.Path, fault: Fault | None = None) -> Outcome:
+        ranks, flags, _ = LAYOUTS[layout]
+        more = ["--load", save, "--train-iters", ITERATIONS, "--save-interval", SAVE_INTERVAL, "--hidden-dropout", 0.1]
+        return pretrain(self.work, save, *more, *flags.split(), ranks=ranks, fault=fault)
+
+
+def plan(material: Material, count: int) -> list[tuple[str, Fault]]:
+    """The first kill of each trial: two thirds at fault points of saves, each kind once, else at random times."""
+    draw = random.Random(0)
+    planned: list[tuple[str, Fault]] = []
+    kinds: dict[tuple[str, str], Fault] = {}
+    for event in draw.sample(material.outcomes["one rank"].events, len(material.outcomes["one rank"].events)):
+        if "/iter_" in event.path or "latest" in event.path:
+            alike = event.kind, re.sub(r"\d+", "0", event.path.rpartition("/")[2])
+            kinds.setdefault(alike, Fault(0, event.number))
+    layouts, shares = list(LAYOUTS), [share for _, _, share in LAYOUTS.values()]
+    planned = [("one rank", fault) for fault in kinds.values()][: count * 2 // 3]
+    while len(planned) < count:
+        (layout,) = draw.choices(
+            [name for name in layouts if name in material.outcomes], shares[: len(material.outcomes)]
+        )
+        outcome = material.outcomes[layout]
+        if draw.random() < 0.5:
+            planned.append((layout, Fault(seconds=outcome.seconds * draw.uniform(0.3, 1))))
+        else:
+            event = draw.choice([event for event in outcome.events if "/iter_" in event.path])
+            planned.append((layout, Fault(event.rank, event.number, alone=draw.random() < 0.5)))
+    return planned
+
+
+def kill_and_go_on(material: Material, first: tuple[str, Fault], seed: int, folder: pathlib.Path) -> tuple[int, int]:
+    """Kill a run, maybe again, and go on to its end; the number of kills, and of those inside a save.
+
+    Raises:
+        Lost: more than a save interval is lost, or anything differs from the uninterrupted run.
+    """
+    layout, fault = first[0], first[1] or None
+    draw, save, told = random.Random(seed), folder / "save", []
+    outcomes: list[Outcome] = []
+    kills = inside = done = 0
+    while True:
+        outcome = material.pretrain(layout, save, fault)
+        outcomes.append(outcome)
+        check_resumed(outcome, done, told)
+        if not outcome.killed:
+            break
+        kills, inside = kills + 1, inside + is_inside_save(outcome)
+        told.append(f"killed {layout}, {fault}: {outcome.events[-1:]}")
+        done = max([line["iteration"] for line in metrics_lines(save)], default=0)
+        if draw.random() < 0.5:
+            told.append("power cut: " + cut_power(outcome, save, draw))
+        forget_copies(save)
+        fault = None
+        if kills < 3 and draw.random() < 0.3:
+            events = material.outcomes[layout].events
+            fault = Fault(draw.randrange(LAYOUTS[layout][0]), draw.randint(1, len(events)))
+    try:
+        check_alike(material, layout, Run(save, outcomes), save)
+    except Lost as lost:
+        raise Lost(f"{lost}\n" + "\n".join(told)) from None
+    return kills, inside
+
+
+def check_resumed(outcome: Outcome, done: int, told: list[str]) -> None:
+    """Check that a run which had come to `done` updates lost no more than those since the last save."""
+    found = re.search(r"resumed from \S*iter_(\d+)", outcome.text)
+    if outcome.killed and not found:
+        return  # before it could say so
+    resumed = int(found[1]) if found else 0
+    if done - resumed > SAVE_INTERVAL:
+        raise Lost(f"{done} updates were done, the run went on from {resumed}\n" + "\n".join(told))
+
+
+def is_inside_save(outcome: Outcome) -> bool:
+    """Whether the last thing that a run did to the disk was part of a save."""
+    return bool(outcome.events) and ("/iter_" in outcome.events[-1].path or "latest" in outcome.events[-1].path)
+
+
+def check_alike(material: Material, layout: str, run: Run, save: pathlib.Path) -> None:
+    whole = material.runs[layout]
+    if problem := difference(run.figures, whole.figures):
+        raise Lost(f"figures of updates: {problem}")
+    if problem := difference(run.samples, whole.samples):
+        raise Lost(f"samples and neighbors: {problem}")
+    if run.drawn != whole.drawn[-len(run.drawn) :]:
+        raise Lost("random states differ")
+    if problem := difference(checkpoint_hashes(save / f"iter_{ITERATIONS:07d}"), material.state[layout]):
+        raise Lost(f"last checkpoint: {problem}")
+    if left := [
+        place.name for place in save.iterdir() if not re.fullmatch(r"iter_\d+|latest.*txt|metrics.jsonl", place.name)
+    ]:
+        raise Lost(f"left behind: {left}")
+
+
+def campaign(folder: pathlib.Path, count: int, only: int | None = None) -> Result:
+    """`count` trials, each of a kill or more; or the one of number `only`."""
+    material = Material(folder)
+    material.make()
+    planned = plan(material, count)
+    kills = []
+    failures = run_trials(
+        "training", seeds(count, only), lambda n, place: kills.append(kill_and_go_on(material, planned[n], n, place))
+    )
+    return Result(
+        "A killed run finds its newest complete checkpoint and loses at most one save interval; from there on losses, "
+        "gradient norms, learning rates, weights, Adam state, random states and the ids of samples and neighbors are "
+        "bit-equal to those of a run that was not killed.",
+        "SIGKILL of one rank or all, at each kind of fault point inside a save and at random ones and times, with "
+        f"dropout and random neighbors, at {', '.join(LAYOUTS)}; half of the times power is cut too.",
+        f"{sum(number for number, _ in kills)} kills, {sum(inside for _, inside in kills)} inside a save",
+        failures,
+    )
