@@ -19,23 +19,21 @@ _FREE = ("latest_checkpointed_iteration.txt", "manifest.copy.json")  # no progra
 
 
 class Material:
-    """A work dir and two checkpoints of a run on it, to be damaged and restored in place.
+    """A work dir and the --save directory of a run on it, to be damaged and restored in place.
 
     Attributes:
-        files: of every kind: (kind, path).
+        files: of every kind: (kind, path); of checkpoints, the newest one's.
     """
 
-    def __init__(self, folder: pathlib.Path):
-        self.work, self.save = make_work(folder), folder / "save"
-        pretrain(self.work, self.save, "--train-iters", 2, "--save-interval", 1)
-        self.sound = tree(self.work)
-        inside = [path for root in (self.work, self.save / "iter_0000002") for path in sorted(root.rglob("*"))]
-        names = [(path, path.relative_to(folder)) for path in inside if path.is_file()]
-        self.files = [
-            (re.sub(r"\d+", "0", str(name)), path)
-            for path, name in names
-            if name.name not in _FREE and name.parts[1] != "report"
-        ]
+    def __init__(self, work: pathlib.Path, save: pathlib.Path):
+        self.work, self.save, self.sound = work, save, tree(work)
+        self.newest = max(save.glob("iter_*"))
+        self.files = []
+        for root in (work, self.newest):
+            for path in sorted(root.rglob("*")):
+                name = path.relative_to(root)
+                if path.is_file() and name.name not in _FREE and name.parts[0] != "report":
+                    self.files.append((re.sub(r"\d+", "0", f"{root == work} {name}"), path))
 
     def open(self, path: pathlib.Path) -> None:
         """What training does before it reads the work dir, or the checkpoint, in which `path` lies."""
@@ -77,7 +75,8 @@ def damage(material: Material, number: int) -> tuple[str, dict[pathlib.Path, byt
 def twins(material: Material, path: pathlib.Path) -> list[pathlib.Path]:
     """Files of the same size: others of the work dir; for a checkpoint's also those of the one before."""
     known = [other for _, other in material.files if other != path]
-    known += [other for other in (material.save / "iter_0000001").iterdir() if path.is_relative_to(material.save)]
+    if path.is_relative_to(material.newest):
+        known += [other for other in material.save.glob(f"iter_*/{path.name}") if other != path]
     return [other for other in known if other.stat().st_size == path.stat().st_size]
 
 
@@ -111,9 +110,8 @@ def repair(material: Material, number: int, folder: pathlib.Path) -> None:
     """
     draw = random.Random(number)
     work = shutil.copytree(material.work, folder / "work")
-    stages = re.compile(r"(tokenizer|corpus|chunks|embeddings|index|neighbors)/")
-    path = draw.choice([path for kind, path in material.files if stages.match(kind.partition("/")[2])])
-    path = work / path.relative_to(material.work)
+    inside = [path.relative_to(material.work) for _, path in material.files if path.is_relative_to(material.work)]
+    path = work / draw.choice([path for path in inside if len(path.parts) > 1])
     content = bytearray(path.read_bytes())
     content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     path.write_bytes(content)
@@ -128,7 +126,9 @@ def repair(material: Material, number: int, folder: pathlib.Path) -> None:
 
 def campaign(folder: pathlib.Path, count: int, only: int | None = None) -> Result:
     """`count` damages, of which some are repaired; or the one of number `only`."""
-    material = Material(folder)
+    save = folder / "save"
+    pretrain(make_work(folder), save, "--train-iters", 2, "--save-interval", 1)
+    material = Material(make_work(folder), save)
     material.open(material.work)
     material.open(material.save)
     failures = run_trials("corruption", seeds(count, only), lambda n, _: refuse(material, n), at_once=1)

@@ -1,5 +1,6 @@
 """Layouts changed between saving and loading: the same weights, Adam state, samples, and soon the same losses."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -32,12 +33,13 @@ class Material:
 
     Attributes:
         last: the update at which a run ends that has changed its layout.
+        alone: layout -> the run in one process from what it saved.
         worst: the largest relative difference of two losses so far.
     """
 
-    def __init__(self, folder: pathlib.Path, more: int = MORE):
-        self.folder, self.work, self.last = folder, make_work(folder), BEGUN + more
-        self.worst = 0.0
+    def __init__(self, folder: pathlib.Path, work: pathlib.Path | None = None, more: int = MORE):
+        self.folder, self.work, self.last = folder, work or make_work(folder), BEGUN + more
+        self.worst, self.alone = 0.0, dict[str, GoneOn]()
 
     def save_of(self, layout: str) -> pathlib.Path:
         return self.folder / f"saved at {layout}"
@@ -48,8 +50,36 @@ class Material:
         return pretrain(self.work, save, *same, *flags.split(), *more, ranks=ranks, reload=reload)
 
     def begin(self, layout: str) -> None:
-        """Train a few updates at a layout, and save."""
+        """Train a few updates at a layout, save, and go on from there in one process."""
         self.run(layout, self.save_of(layout), BEGUN)
+        self.alone[layout] = self.go_on(layout, alone_like(layout), self.folder / f"alone from {layout}")
+
+    def go_on(self, saved_at: str, loaded_at: str, folder: pathlib.Path) -> "GoneOn":
+        """Load what a layout saved, save it again at once, and train on."""
+        save, again = folder / "save", folder / "again"
+        outcome = self.run(loaded_at, save, self.last, "--load", self.save_of(saved_at), reload=again)
+        read = [fact for fact in outcome.facts if "sample" in fact]
+        samples = {fact["sample"]: hash_of(json.dumps([fact["chunks"], fact["neighbors"]]).encode()) for fact in read}
+        losses = {line["iteration"]: line["lm_loss"] for line in metrics_lines(save) if "lm_loss" in line}
+        return GoneOn(state_at(again), samples, losses)
+
+
+@dataclasses.dataclass(frozen=True)
+class GoneOn:
+    """A run from a loaded checkpoint: hashes of the state that it loaded and of each sample it read, its losses."""
+
+    state: dict[str, str]
+    samples: dict[int, str]
+    losses: dict[int, float]
+
+
+def alone_like(layout: str) -> str:
+    """The layout of one process with the same kind of optimizer."""
+    return next(
+        name
+        for name, (ranks, flags) in EVERY.items()
+        if ranks == 1 and (SHARDED in flags) == (SHARDED in EVERY[layout][1])
+    )
 
 
 def change_layout(material: Material, saved_at: str, loaded_at: str, folder: pathlib.Path) -> None:
@@ -58,26 +88,18 @@ def change_layout(material: Material, saved_at: str, loaded_at: str, folder: pat
     Raises:
         Lost: anything differs from what was saved, or from one process that went on.
     """
-    alone = next(
-        name
-        for name in EVERY
-        if name.startswith("1") and (SHARDED in EVERY[name][1]) == (SHARDED in EVERY[saved_at][1])
-    )
-    told = []
-    for number, layout in enumerate((alone, loaded_at)):
-        save, again = folder / str(number), folder / f"{number} again"
-        outcome = material.run(layout, save, material.last, "--load", material.save_of(saved_at), reload=again)
-        told.append((state_at(again), samples_of(outcome), losses_of(save)))
-    saved = state_at(material.save_of(saved_at) / f"iter_{BEGUN:07d}")
-    (_, samples_alone, losses_alone), (state, samples, losses) = told
-    if problem := difference(state, saved):
-        raise Lost(f"state after loading: {problem}")
-    if problem := difference(samples, samples_alone):
-        raise Lost(f"samples: {problem}")
-    off = max(abs(losses[number] / losses_alone[number] - 1) for number in losses_alone)
+    alone = material.alone[saved_at]
+    gone_on = alone if loaded_at == alone_like(saved_at) else material.go_on(saved_at, loaded_at, folder)
+    if problem := difference(gone_on.state, state_at(material.save_of(saved_at) / f"iter_{BEGUN:07d}")):
+        raise Lost(f"{saved_at} → {loaded_at}: state after loading: {problem}")
+    if problem := difference(gone_on.samples, alone.samples):
+        raise Lost(f"{saved_at} → {loaded_at}: samples: {problem}")
+    if gone_on.losses.keys() != set(range(BEGUN + 1, material.last + 1)):
+        raise Lost(f"{saved_at} → {loaded_at}: updates {sorted(gone_on.losses)}")
+    off = max(abs(gone_on.losses[number] / loss - 1) for number, loss in alone.losses.items())
     material.worst = max(material.worst, off)
-    if off > TOLERANCE or losses.keys() != losses_alone.keys():
-        raise Lost(f"losses differ by {off:.2g} from those of one process")
+    if off > TOLERANCE:
+        raise Lost(f"{saved_at} → {loaded_at}: losses differ by {off:.2g} from those of one process")
 
 
 def state_at(directory: pathlib.Path) -> dict[str, str]:
@@ -85,16 +107,6 @@ def state_at(directory: pathlib.Path) -> dict[str, str]:
     return {
         name: value for name, value in checkpoint_hashes(directory).items() if not name.startswith("content_metadata")
     }
-
-
-def samples_of(outcome: Any) -> dict[int, str]:
-    """Sample -> hash of its chunks and neighbors."""
-    read = [fact for fact in outcome.facts if "sample" in fact]
-    return {fact["sample"]: hash_of(json.dumps([fact["chunks"], fact["neighbors"]]).encode()) for fact in read}
-
-
-def losses_of(save: pathlib.Path) -> dict[int, float]:
-    return {line["iteration"]: line["lm_loss"] for line in metrics_lines(save) if "lm_loss" in line}
 
 
 def campaign(folder: pathlib.Path, count: int, only: int | None = None) -> Result:

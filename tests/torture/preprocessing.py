@@ -15,7 +15,6 @@ from torture.trees import difference, tree
 from torture.trials import Lost, Result, run_trials, seeds
 
 TOOL = "tools/preprocess_retro_data.py"
-_MOST_KILLS = 3  # a trial
 
 
 class Material:
@@ -45,17 +44,21 @@ class Material:
         self.events: dict[tuple[str, int], list[Event]] = {}
         self.seconds: dict[tuple[str, int], float] = {}
 
-    def make(self, steps: tuple[str, ...] = ()) -> None:
-        """Run the steps (all, if none is named) once, uninterrupted, on one rank and on two."""
+    def make(self, steps: tuple[str, ...] = (), num_ranks: tuple[int, ...] = (1, 2)) -> None:
+        """Run the steps (all, if none is named) once, uninterrupted, on each number of ranks.
+
+        Raises:
+            Lost: the numbers of ranks differ in what they make.
+        """
         for step in steps or tuple(self.steps):
-            for ranks in (2, 1):
+            for ranks in num_ranks:
                 work = self.begin(step, self.folder / f"{step}.{ranks}" / "work")
                 outcome = self.run(step, work, ranks)
                 self.events[step, ranks], self.seconds[step, ranks] = outcome.events, outcome.seconds
-            shutil.copytree(work, self.reference(step))
-            two = tree(self.folder / f"{step}.2" / "work")
-            if told := difference(two, tree(work)):
-                raise Lost(f"{step} on two ranks differs from one rank's: {told}")
+                if ranks == num_ranks[0]:
+                    shutil.copytree(work, self.reference(step))
+                if told := difference(tree(work), tree(self.reference(step))):
+                    raise Lost(f"{step} on {ranks} ranks differs from {num_ranks[0]}'s: {told}")
 
     def reference(self, step: str) -> pathlib.Path:
         return self.folder / "references" / step
@@ -93,60 +96,63 @@ def kind_of(event: Event) -> tuple[str, str]:
     return event.kind, re.sub(r"\d+", "0", (event.second or event.path).partition("/work")[2])
 
 
-def plan(material: Material, count: int) -> list[tuple[str, int, Fault]]:
-    """The first kill of each trial: each kind of fault point of each step, then random ones, then random times."""
+Kill = tuple[int, Fault]  # of a launch on so many ranks
+
+
+def plan(material: Material, count: int) -> list[tuple[str, list[Kill]]]:
+    """(step, kills) of each trial: first each kind of fault point of each step, then random ones and random times."""
     draw = random.Random(0)
-    planned = []
+    planned: list[tuple[str, list[Kill]]] = []
     for (step, ranks), events in material.events.items():
         alike = collections.defaultdict(list)
         for event in events:
             alike[kind_of(event)].append(event)
-        for group in alike.values():
-            event = draw.choice(group)
-            planned.append((step, ranks, Fault(event.rank, event.number, alone=draw.random() < 0.3)))
+        planned += [(step, [_kill(ranks, draw.choice(group), draw)]) for group in alike.values()]
     draw.shuffle(planned)
     keys = sorted(material.events)
     while len(planned) < count:
         step, ranks = draw.choice(keys)
-        if draw.random() < 0.5:
-            planned.append((step, ranks, Fault(seconds=draw.random() * material.seconds[step, ranks])))
-        else:
-            event = draw.choice(material.events[step, ranks])
-            planned.append((step, ranks, Fault(event.rank, event.number, alone=draw.random() < 0.3)))
-    return planned[:count] if count else planned
+        at_random = (ranks, Fault(seconds=draw.random() * material.seconds[step, ranks]))
+        planned.append(
+            (step, [draw.choice([at_random, _kill(ranks, draw.choice(material.events[step, ranks]), draw)])])
+        )
+    for step, kills in planned:
+        while len(kills) < 3 and draw.random() < 0.4:  # what goes on is killed too
+            ranks = draw.choice([1, 2])
+            kills.append(_kill(ranks, draw.choice(material.events[step, ranks]), draw))
+    return planned[:count]
 
 
-def kill_and_go_on(material: Material, first: tuple[str, int, Fault], seed: int, folder: pathlib.Path) -> int:
-    """Kill a step, go on with other numbers of ranks, killed again now and then; the number of kills.
+def _kill(ranks: int, event: Event, draw: random.Random) -> Kill:
+    return ranks, Fault(event.rank, event.number, alone=draw.random() < 0.3)
+
+
+def kill_and_go_on(material: Material, step: str, kills: list[Kill], seed: int, folder: pathlib.Path) -> int:
+    """Run a step, killed each time, then once to its end; the number of kills that came before it ended.
 
     Raises:
         Lost: the end differs from an uninterrupted run's, or more than a block a rank was made again.
     """
-    draw = random.Random(seed)
-    step, ranks, fault = first[0], first[1], first[2] or None
-    work, kills, told, allowed, cut = material.begin(step, folder / "work"), 0, [], 0, False
+    draw, work, told = random.Random(seed), material.begin(step, folder / "work"), list[str]()
     finished: collections.Counter[str] = collections.Counter()
-    while True:
+    allowed, cut = 0, False
+    for ranks, fault in [*kills, (draw.choice([1, 2, 3]), None)]:
         outcome = material.run(step, work, ranks, fault)
         finished.update(finished_blocks(outcome))
         if not outcome.killed:
-            break
-        kills, allowed = kills + 1, allowed + ranks
+            continue
+        allowed += ranks
         told.append(f"killed {step} on {ranks} ranks, {fault}: {_last(outcome)}")
         if draw.random() < 0.5:
             told.append("power cut: " + cut_power(outcome, work, draw))
             cut = True
         forget_copies(work)
-        ranks, fault = draw.choice([1, 2, 3]), None
-        if kills < _MOST_KILLS and draw.random() < 0.4:
-            ranks = draw.choice([1, 2])
-            fault = Fault(draw.randrange(ranks), draw.randint(1, len(material.events[step, 1])))
     again = sum((finished - collections.Counter(finished.keys())).values())
     if again > allowed and not cut:
         raise Lost(f"{again} blocks were made again, {finished.most_common(4)}\n" + "\n".join(told))
     if problem := difference(tree(work), tree(material.reference(step))):
         raise Lost(problem + "\n" + "\n".join(told))
-    return kills
+    return sum(line.startswith("killed") for line in told)
 
 
 def finished_blocks(outcome: Outcome) -> set[str]:
@@ -176,7 +182,7 @@ def campaign(folder: pathlib.Path, count: int, only: int | None = None) -> Resul
     kills = []
 
     def trial(number: int, place: pathlib.Path) -> None:
-        kills.append(kill_and_go_on(material, planned[number], number, place))
+        kills.append(kill_and_go_on(material, *planned[number], number, place))
 
     failures = run_trials("preprocessing", seeds(len(planned), only), trial)
     kinds = {(step, ranks, kind_of(event)) for (step, ranks), events in material.events.items() for event in events}

@@ -426,7 +426,7 @@ def cut_power(outcome: Outcome, watched: pathlib.Path, draw: random.Random) -> s
     for event in outcome.events[:-1]:  # the last one did not happen
         if event.kind in ("open", "create", "write", "truncate"):
             unsynced.add(event.path)
-        if event.kind in ("create", "rename", "mkdir"):
+        if event.kind in ("create", "rename", "mkdir") and event.path != str(watched):
             names.append(event)
         if event.kind == "rename":
             unsynced = {_moved(path, event) for path in unsynced}

@@ -8,7 +8,7 @@ from typing import Any
 
 from conftest import build, stdlib_texts, write_jsonl
 
-from torture.saboteur import Fault, Outcome, cut_power, forget_copies, launch
+from torture.saboteur import Event, Fault, Outcome, cut_power, forget_copies, launch
 from torture.trees import checkpoint_hashes, difference, hash_of
 from torture.trials import Lost, Result, run_trials, seeds
 
@@ -63,6 +63,8 @@ class Run:
     """What a run has told: figures of its updates, samples and neighbors, drawn random numbers, its last state."""
 
     def __init__(self, save: pathlib.Path, outcomes: list[Outcome]):
+        resumed = re.search(r"resumed from \S*iter_(\d+)", outcomes[-1].text)
+        self.resumed = int(resumed[1]) if resumed else 0
         self.figures: dict[int, tuple] = {}
         for line in metrics_lines(save):
             if "lm_loss" in line:
@@ -85,10 +87,10 @@ def metrics_lines(save: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class Material:
-    """For each layout, an uninterrupted run."""
+    """For each layout, an uninterrupted run on a work dir (made, if none is given)."""
 
-    def __init__(self, folder: pathlib.Path):
-        self.folder, self.work = folder, make_work(folder)
+    def __init__(self, folder: pathlib.Path, work: pathlib.Path | None = None):
+        self.folder, self.work = folder, work or make_work(folder)
         self.runs: dict[str, Run] = {}
         self.outcomes: dict[str, Outcome] = {}
         self.state: dict[str, dict[str, str]] = {}
@@ -106,61 +108,62 @@ class Material:
         return pretrain(self.work, save, *more, *flags.split(), ranks=ranks, fault=fault)
 
 
-def plan(material: Material, count: int) -> list[tuple[str, Fault]]:
-    """The first kill of each trial: two thirds at fault points of saves, each kind once, else at random times."""
+def plan(material: Material, count: int) -> list[tuple[str, list[Fault]]]:
+    """(layout, kills) of each trial: first each kind of fault point of a save, then random ones and random times."""
     draw = random.Random(0)
-    planned: list[tuple[str, Fault]] = []
-    kinds: dict[tuple[str, str], Fault] = {}
-    for event in draw.sample(material.outcomes["one rank"].events, len(material.outcomes["one rank"].events)):
-        if "/iter_" in event.path or "latest" in event.path:
-            alike = event.kind, re.sub(r"\d+", "0", event.path.rpartition("/")[2])
-            kinds.setdefault(alike, Fault(0, event.number))
-    layouts, shares = list(LAYOUTS), [share for _, _, share in LAYOUTS.values()]
-    planned = [("one rank", fault) for fault in kinds.values()][: count * 2 // 3]
+    alone = [event for event in material.outcomes["one rank"].events if is_in_save(event)]
+    kinds = {
+        (event.kind, re.sub(r"\d+", "0", event.path.rpartition("/")[2])): event
+        for event in draw.sample(alone, len(alone))
+    }
+    planned = [("one rank", [Fault(0, event.number)]) for event in kinds.values()][: count * 2 // 3]
+    layouts = list(material.outcomes)
     while len(planned) < count:
-        (layout,) = draw.choices(
-            [name for name in layouts if name in material.outcomes], shares[: len(material.outcomes)]
-        )
+        (layout,) = draw.choices(layouts, [LAYOUTS[name][2] for name in layouts])
         outcome = material.outcomes[layout]
-        if draw.random() < 0.5:
-            planned.append((layout, Fault(seconds=outcome.seconds * draw.uniform(0.3, 1))))
-        else:
-            event = draw.choice([event for event in outcome.events if "/iter_" in event.path])
-            planned.append((layout, Fault(event.rank, event.number, alone=draw.random() < 0.5)))
+        event = draw.choice([event for event in outcome.events if is_in_save(event)])
+        at_random = Fault(seconds=outcome.seconds * draw.uniform(0.3, 1))
+        planned.append((layout, [draw.choice([at_random, Fault(event.rank, event.number, alone=draw.random() < 0.5)])]))
+    for layout, faults in planned:
+        while len(faults) < 3 and draw.random() < 0.3:  # what goes on is killed too
+            event = draw.choice(material.outcomes[layout].events)
+            faults.append(Fault(event.rank, event.number))
     return planned
 
 
-def kill_and_go_on(material: Material, first: tuple[str, Fault], seed: int, folder: pathlib.Path) -> tuple[int, int]:
-    """Kill a run, maybe again, and go on to its end; the number of kills, and of those inside a save.
+def is_in_save(event: Event) -> bool:
+    return "/iter_" in event.path or "latest" in event.path
+
+
+def kill_and_go_on(
+    material: Material, layout: str, faults: list[Fault], seed: int, folder: pathlib.Path
+) -> tuple[int, int]:
+    """Train, killed each time, then once to the end; the number of kills before it, and of those inside a save.
 
     Raises:
         Lost: more than a save interval is lost, or anything differs from the uninterrupted run.
     """
-    layout, fault = first[0], first[1] or None
-    draw, save, told = random.Random(seed), folder / "save", []
+    draw, save, told = random.Random(seed), folder / "save", list[str]()
     outcomes: list[Outcome] = []
-    kills = inside = done = 0
-    while True:
+    done, cut = 0, False
+    for fault in [*faults, None]:
         outcome = material.pretrain(layout, save, fault)
         outcomes.append(outcome)
         check_resumed(outcome, done, told)
-        if not outcome.killed:
-            break
-        kills, inside = kills + 1, inside + is_inside_save(outcome)
-        told.append(f"killed {layout}, {fault}: {outcome.events[-1:]}")
         done = max([line["iteration"] for line in metrics_lines(save)], default=0)
+        if not outcome.killed:
+            continue
+        told.append(f"killed {layout}, {fault}: before {outcome.events[-1:]}")
         if draw.random() < 0.5:
             told.append("power cut: " + cut_power(outcome, save, draw))
+            cut = True
         forget_copies(save)
-        fault = None
-        if kills < 3 and draw.random() < 0.3:
-            events = material.outcomes[layout].events
-            fault = Fault(draw.randrange(LAYOUTS[layout][0]), draw.randint(1, len(events)))
     try:
-        check_alike(material, layout, Run(save, outcomes), save)
+        check_alike(material, layout, Run(save, outcomes), save, cut=cut)
     except Lost as lost:
         raise Lost(f"{lost}\n" + "\n".join(told)) from None
-    return kills, inside
+    killed = [outcome for outcome in outcomes if outcome.killed]
+    return len(killed), sum(bool(outcome.events) and is_in_save(outcome.events[-1]) for outcome in killed)
 
 
 def check_resumed(outcome: Outcome, done: int, told: list[str]) -> None:
@@ -173,14 +176,11 @@ def check_resumed(outcome: Outcome, done: int, told: list[str]) -> None:
         raise Lost(f"{done} updates were done, the run went on from {resumed}\n" + "\n".join(told))
 
 
-def is_inside_save(outcome: Outcome) -> bool:
-    """Whether the last thing that a run did to the disk was part of a save."""
-    return bool(outcome.events) and ("/iter_" in outcome.events[-1].path or "latest" in outcome.events[-1].path)
-
-
-def check_alike(material: Material, layout: str, run: Run, save: pathlib.Path) -> None:
+def check_alike(material: Material, layout: str, run: Run, save: pathlib.Path, *, cut: bool) -> None:
+    """Compare with the uninterrupted run; where power was `cut`, figures from before the last start may be lost."""
     whole = material.runs[layout]
-    if problem := difference(run.figures, whole.figures):
+    expected = {update: told for update, told in whole.figures.items() if update > run.resumed or not cut}
+    if problem := difference({update: run.figures.get(update) for update in expected}, expected):
         raise Lost(f"figures of updates: {problem}")
     if problem := difference(run.samples, whole.samples):
         raise Lost(f"samples and neighbors: {problem}")
@@ -201,7 +201,7 @@ def campaign(folder: pathlib.Path, count: int, only: int | None = None) -> Resul
     planned = plan(material, count)
     kills = []
     failures = run_trials(
-        "training", seeds(count, only), lambda n, place: kills.append(kill_and_go_on(material, planned[n], n, place))
+        "training", seeds(count, only), lambda n, place: kills.append(kill_and_go_on(material, *planned[n], n, place))
     )
     return Result(
         "A killed run finds its newest complete checkpoint and loses at most one save interval; from there on losses, "
