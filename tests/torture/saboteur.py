@@ -366,7 +366,7 @@ def _note_facts(file: str, reload: str) -> None:
     from megatron_retro.data.samples import Samples
 
     log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    choose, batch, optimizer_step, load = Samples._choose, Samples.batch, mcore.optimizer_step, mcore.load_state
+    choose, batch, update, load = Samples._choose, Samples.batch, mcore.update, mcore.load_state
     chosen: list[Any] = [None]
 
     def note(**facts: Any) -> None:
@@ -383,10 +383,9 @@ def _note_facts(file: str, reload: str) -> None:
             note(sample=sample, chunks=self.chunks(sample).tolist(), neighbors=neighbors)
         return made
 
-    def noted_step(optimizer: Any) -> Any:
-        done = optimizer_step(optimizer)
+    def noted_update(*given: Any) -> None:
+        update(*given)
         note(drawn=hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()[:16])
-        return done
 
     def noted_load(model: Any, optimizer: Any, directory: str) -> None:
         load(model, optimizer, directory)
@@ -397,7 +396,7 @@ def _note_facts(file: str, reload: str) -> None:
             mcore.save_state(model, optimizer, reload)
 
     Samples._choose, Samples.batch = noted_choose, noted_batch  # type: ignore[method-assign]
-    mcore.optimizer_step, mcore.load_state = noted_step, noted_load
+    mcore.update, mcore.load_state = noted_update, noted_load
 
 
 # ------------------------------------------------------------------------------------------------ power cuts
