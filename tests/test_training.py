@@ -8,7 +8,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -150,21 +149,6 @@ def test_distributed_optimizer_resumed(small_work: pathlib.Path, tmp_path: pathl
 def test_optimizer_of_the_other_kind_is_refused(whole: pathlib.Path, small_work: pathlib.Path) -> None:
     line = refused(run_forked(*flags(small_work, "--load", whole, "--use-distributed-optimizer"), expect=2))
     assert "--use-distributed-optimizer is False in the checkpoint, True in this run" in line
-
-
-def test_killed_run_goes_on_where_its_checkpoint_is(
-    whole: pathlib.Path, small_work: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    """SIGKILL somewhere behind the checkpoint; the same command then ends with the uninterrupted run's losses."""
-    arguments = flags(small_work, "--save", tmp_path, "--load", tmp_path, "--save-interval", 2)
-    process = subprocess.Popen(command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
-    latest = tmp_path / "latest_checkpointed_iteration.txt"
-    while not latest.exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert "resumed from" in run_forked(*arguments)
-    assert metrics(tmp_path) == metrics(whole)
 
 
 def test_sigterm_saves_and_exits(small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:

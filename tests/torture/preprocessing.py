@@ -12,7 +12,7 @@ from conftest import stdlib_texts, write_jsonl
 
 from torture.saboteur import Event, Fault, Outcome, cut_power, forget_copies, launch
 from torture.trees import difference, tree
-from torture.trials import Lost, Result, run_trials, seeds
+from torture.trials import Lost, Result, run_trials, seeds, telling
 
 TOOL = "tools/preprocess_retro_data.py"
 
@@ -136,22 +136,23 @@ def kill_and_go_on(material: Material, step: str, kills: list[Kill], seed: int, 
     draw, work, told = random.Random(seed), material.begin(step, folder / "work"), list[str]()
     finished: collections.Counter[str] = collections.Counter()
     allowed, cut = 0, False
-    for ranks, fault in [*kills, (draw.choice([1, 2, 3]), None)]:
-        outcome = material.run(step, work, ranks, fault)
-        finished.update(finished_blocks(outcome))
-        if not outcome.killed:
-            continue
-        allowed += ranks
-        told.append(f"killed {step} on {ranks} ranks, {fault}: {_last(outcome)}")
-        if draw.random() < 0.5:
-            told.append("power cut: " + cut_power(outcome, work, draw))
-            cut = True
-        forget_copies(work)
-    again = sum((finished - collections.Counter(finished.keys())).values())
-    if again > allowed and not cut:
-        raise Lost(f"{again} blocks were made again, {finished.most_common(4)}\n" + "\n".join(told))
-    if problem := difference(tree(work), tree(material.reference(step))):
-        raise Lost(problem + "\n" + "\n".join(told))
+    with telling(told):
+        for ranks, fault in [*kills, (draw.choice([1, 2, 3]), None)]:
+            outcome = material.run(step, work, ranks, fault)
+            finished.update(finished_blocks(outcome))
+            if not outcome.killed:
+                continue
+            allowed += ranks
+            told.append(f"killed {step} on {ranks} ranks, {fault}: {_last(outcome)}")
+            if draw.random() < 0.5:
+                told.append("power cut: " + cut_power(outcome, work, draw))
+                cut = True
+            forget_copies(work)
+        again = sum((finished - collections.Counter(finished.keys())).values())
+        if again > allowed and not cut:
+            raise Lost(f"{again} blocks were made again, {finished.most_common(4)}")
+        if problem := difference(tree(work), tree(material.reference(step))):
+            raise Lost(problem)
     return sum(line.startswith("killed") for line in told)
 
 

@@ -10,7 +10,7 @@ from conftest import build, stdlib_texts, write_jsonl
 
 from torture.saboteur import Event, Fault, Outcome, cut_power, forget_copies, launch
 from torture.trees import checkpoint_hashes, difference, hash_of
-from torture.trials import Lost, Result, run_trials, seeds
+from torture.trials import Lost, Result, run_trials, seeds, telling
 
 ITERATIONS, SAVE_INTERVAL = 8, 3
 SHAPE = (
@@ -146,34 +146,32 @@ def kill_and_go_on(
     draw, save, told = random.Random(seed), folder / "save", list[str]()
     outcomes: list[Outcome] = []
     done, cut = 0, False
-    for fault in [*faults, None]:
-        outcome = material.pretrain(layout, save, fault)
-        outcomes.append(outcome)
-        check_resumed(outcome, done, told)
-        done = max([line["iteration"] for line in metrics_lines(save)], default=0)
-        if not outcome.killed:
-            continue
-        told.append(f"killed {layout}, {fault}: before {outcome.events[-1:]}")
-        if draw.random() < 0.5:
-            told.append("power cut: " + cut_power(outcome, save, draw))
-            cut = True
-        forget_copies(save)
-    try:
+    with telling(told):
+        for fault in [*faults, None]:
+            outcome = material.pretrain(layout, save, fault)
+            outcomes.append(outcome)
+            check_resumed(outcome, done)
+            done = max([line["iteration"] for line in metrics_lines(save)], default=0)
+            if not outcome.killed:
+                continue
+            told.append(f"killed {layout}, {fault}: before {outcome.events[-1:]}")
+            if draw.random() < 0.5:
+                told.append("power cut: " + cut_power(outcome, save, draw))
+                cut = True
+            forget_copies(save)
         check_alike(material, layout, Run(save, outcomes), save, cut=cut)
-    except Lost as lost:
-        raise Lost(f"{lost}\n" + "\n".join(told)) from None
     killed = [outcome for outcome in outcomes if outcome.killed]
     return len(killed), sum(bool(outcome.events) and is_in_save(outcome.events[-1]) for outcome in killed)
 
 
-def check_resumed(outcome: Outcome, done: int, told: list[str]) -> None:
+def check_resumed(outcome: Outcome, done: int) -> None:
     """Check that a run which had come to `done` updates lost no more than those since the last save."""
     found = re.search(r"resumed from \S*iter_(\d+)", outcome.text)
     if outcome.killed and not found:
         return  # before it could say so
     resumed = int(found[1]) if found else 0
     if done - resumed > SAVE_INTERVAL:
-        raise Lost(f"{done} updates were done, the run went on from {resumed}\n" + "\n".join(told))
+        raise Lost(f"{done} updates were done, the run went on from {resumed}")
 
 
 def check_alike(material: Material, layout: str, run: Run, save: pathlib.Path, *, cut: bool) -> None:

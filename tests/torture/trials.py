@@ -1,17 +1,27 @@
 """Trials of a campaign: two at a time, each repeatable from its number, with a line of progress."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import pathlib
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class Lost(AssertionError):
     """A promise was not kept; the message tells how."""
+
+
+@contextlib.contextmanager
+def telling(story: list[str]) -> Iterator[None]:
+    """Around a trial: what was done to it so far becomes part of what is told when it is lost."""
+    try:
+        yield
+    except Lost as lost:
+        raise Lost("\n".join([str(lost), *story])) from None
 
 
 @dataclasses.dataclass
