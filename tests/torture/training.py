@@ -82,8 +82,10 @@ class Run:
 
 
 def metrics_lines(save: pathlib.Path) -> list[dict[str, Any]]:
+    """Of metrics.jsonl, without a last one that a kill has cut."""
     file = save / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class Material:
