@@ -44,7 +44,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     temporary = path.with_name(f"{path.name}.partial")
     with explained(path):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             remove(temporary)
             yield temporary
             sync_tree(temporary)
@@ -139,6 +139,14 @@ def lock(flag: str, directory: pathlib.Path) -> BinaryIO:
     except OSError:  # a file system without locks
         pass
     return file
+
+
+def make_directory(path: pathlib.Path) -> None:
+    """Make a directory, and those above it, that are not there; their names survive a power cut."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in reversed(missing):
+        sync(place.parent)
 
 
 def sync(path: pathlib.Path) -> None:

@@ -284,7 +284,7 @@ class Unfinished:
         """Note that this rank has made files."""
         file = self._folder / f"{self._stage}.{distributed.rank()}.jsonl"
         with storage.explained(file):
-            self._folder.mkdir(exist_ok=True)
+            storage.make_directory(self._folder)
             storage.whole_lines(file)  # cuts one that is not
             with open(file, "ab", buffering=0) as lines:
                 for path in paths:

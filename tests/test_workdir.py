@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from launch import ROOT
 
+from megatron_retro import storage
 from megatron_retro.errors import UserError
 from megatron_retro.storage import fingerprint, lock, save_npy, write_atomically
 from megatron_retro.workdir import WorkDir
@@ -116,3 +117,11 @@ def test_the_manifest_is_plain_json(small_work):
     manifest = json.loads((small_work / "manifest.json").read_text())
     assert manifest["settings"]["split"] == "80,10,10"
     assert list(WorkDir(small_work).manifest["stages"]) == sorted(manifest["stages"])
+
+
+def test_new_directories_survive_a_power_cut(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(storage, "sync", synced.append)
+    storage.make_directory(tmp_path / "a" / "b")
+    storage.make_directory(tmp_path / "a" / "b")
+    assert synced == [tmp_path, tmp_path / "a"] and (tmp_path / "a" / "b").is_dir()

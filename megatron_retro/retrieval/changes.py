@@ -70,6 +70,8 @@ def _begin(task: str, work: WorkDir, after: WorkDir, config: PreprocessConfig) -
                 f"or remove {work.path / NEXT} to drop it"
             )
         return
+    if task == "compact" and not described["what"] and _is_compact(work):
+        _remove_obsolete(work)  # what a crash right behind its end has left
     if not (described["what"] or (task == "compact" and _obsolete(work))):
         nothing = {"add-documents": "these documents are there", "remove-documents": "these documents are removed"}
         say(f"nothing to do: {nothing.get(task, 'no removed document and no superseded file is left')}")
@@ -165,12 +167,21 @@ def _publish(after: WorkDir) -> None:
     after.publish()
     remove_parts(after)
     after.tidy()
-    if after.settings["change"]["task"] == "compact":
-        for file in _obsolete(after):
-            file.unlink(missing_ok=True)
-        for place in sorted(after.path.rglob("*"), reverse=True):
-            if place.is_dir() and not any(place.iterdir()):
-                place.rmdir()
+    if _is_compact(after):
+        _remove_obsolete(after)
+
+
+def _is_compact(work: WorkDir) -> bool:
+    """Whether the last change was `compact`."""
+    return bool(work.settings.get("change", {}).get("task") == "compact")
+
+
+def _remove_obsolete(work: WorkDir) -> None:
+    for file in _obsolete(work):
+        file.unlink(missing_ok=True)
+    for place in sorted(work.path.rglob("*"), reverse=True):
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
 
 
 def _obsolete(work: WorkDir) -> list[pathlib.Path]:

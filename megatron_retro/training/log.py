@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from megatron_retro import distributed
+from megatron_retro.storage import make_directory
 from megatron_retro.training.stragglers import STEPS, Straggler
 
 _LONGEST_LINE = 1 << 16  # bytes of metrics.jsonl
@@ -28,7 +29,7 @@ class RunLog:
         self._active = distributed.rank() == 0
         self._file = self._board = None
         if self._active and save:
-            pathlib.Path(save).mkdir(parents=True, exist_ok=True)
+            make_directory(pathlib.Path(save))
             path = pathlib.Path(save) / "metrics.jsonl"
             _cut_torn_line(path)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
