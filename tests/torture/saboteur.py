@@ -342,20 +342,10 @@ class _Writer(io.BufferedWriter):
 
 
 def _make_runs_alike() -> None:
-    """Take the place of what the programs measure; and start megatron-core's helper in a fork, for time."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
+    """Take the place of what the programs measure."""
     from megatron_retro.retrieval import embedding
 
     embedding.fastest_dtype = lambda *_: "float32"
-    queues: list[Any] = []
-
-    def results_queue() -> Any:
-        if not queues:
-            queues.append(multiprocessing.get_context("fork").Manager().Queue())
-        return queues[0]
-
-    filesystem_async._get_write_results_queue = results_queue
 
 
 def _note_facts(file: str, reload: str) -> None:
