@@ -184,7 +184,7 @@ def check_alike(material: Material, layout: str, run: Run, save: pathlib.Path, *
         raise Lost(f"figures of updates: {problem}")
     if problem := difference(run.samples, whole.samples):
         raise Lost(f"samples and neighbors: {problem}")
-    if run.drawn != whole.drawn[-len(run.drawn) :]:
+    if run.drawn != whole.drawn[len(whole.drawn) - len(run.drawn) :]:
         raise Lost("random states differ")
     if problem := difference(checkpoint_hashes(save / f"iter_{ITERATIONS:07d}"), material.state[layout]):
         raise Lost(f"last checkpoint: {problem}")
