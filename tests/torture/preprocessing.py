@@ -112,7 +112,7 @@ def plan(material: Material, count: int) -> list[tuple[str, list[Kill]]]:
     keys = sorted(material.events)
     while len(planned) < count:
         step, ranks = draw.choice(keys)
-        at_random = (ranks, Fault(seconds=draw.random() * material.seconds[step, ranks]))
+        at_random = (ranks, Fault(seconds=draw.uniform(0.1, 0.8) * material.seconds[step, ranks]))
         planned.append(
             (step, [draw.choice([at_random, _kill(ranks, draw.choice(material.events[step, ranks]), draw)])])
         )
@@ -140,8 +140,8 @@ def kill_and_go_on(material: Material, step: str, kills: list[Kill], seed: int, 
         for ranks, fault in [*kills, (draw.choice([1, 2, 3]), None)]:
             outcome = material.run(step, work, ranks, fault)
             finished.update(finished_blocks(outcome))
-            if not outcome.killed:
-                continue
+            if not outcome.killed:  # it came to its end before its fault
+                break
             allowed += ranks
             told.append(f"killed {step} on {ranks} ranks, {fault}: {_last(outcome)}")
             if draw.random() < 0.5:

@@ -124,7 +124,7 @@ def plan(material: Material, count: int) -> list[tuple[str, list[Fault]]]:
         (layout,) = draw.choices(layouts, [LAYOUTS[name][2] for name in layouts])
         outcome = material.outcomes[layout]
         event = draw.choice([event for event in outcome.events if is_in_save(event)])
-        at_random = Fault(seconds=outcome.seconds * draw.uniform(0.3, 1))
+        at_random = Fault(seconds=outcome.seconds * draw.uniform(0.3, 0.8))
         planned.append((layout, [draw.choice([at_random, Fault(event.rank, event.number, alone=draw.random() < 0.5)])]))
     for layout, faults in planned:
         while len(faults) < 3 and draw.random() < 0.3:  # what goes on is killed too
@@ -154,8 +154,8 @@ def kill_and_go_on(
             outcomes.append(outcome)
             check_resumed(outcome, done)
             done = max([line["iteration"] for line in metrics_lines(save)], default=0)
-            if not outcome.killed:
-                continue
+            if not outcome.killed:  # it came to its end before its fault
+                break
             told.append(f"killed {layout}, {fault}: before {outcome.events[-1:]}")
             if draw.random() < 0.5:
                 told.append("power cut: " + cut_power(outcome, save, draw))
