@@ -87,6 +87,15 @@ class WorkDir:
         storage.sync(self.path)
         storage.write_sealed(self.path / _COPY, self.manifest)
 
+    def renew_copy(self) -> None:
+        """Make the manifest's copy the same, where a crash came between the two (by one rank)."""
+        try:
+            is_same = storage.read_sealed(self.path / _COPY) == self.manifest
+        except (ValueError, OSError):
+            is_same = False
+        if not is_same and (self.path / "manifest.json").exists():
+            storage.write_sealed(self.path / _COPY, self.manifest)
+
     def directory(self, stage: str) -> pathlib.Path:
         """Where the files of a stage lie."""
         return self.path / self.settings.get("directories", {}).get(stage, stage)

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from launch import ROOT
+from conftest import build
 
 from megatron_retro import storage
 from megatron_retro.errors import UserError
@@ -125,3 +126,11 @@ def test_new_directories_survive_a_power_cut(tmp_path, monkeypatch):
     storage.make_directory(tmp_path / "a" / "b")
     storage.make_directory(tmp_path / "a" / "b")
     assert synced == [tmp_path, tmp_path / "a"] and (tmp_path / "a" / "b").is_dir()
+
+
+def test_a_stale_copy_of_the_manifest_is_renewed(copy):
+    """As a crash between the two would have left it."""
+    manifest, saved = copy / "manifest.json", copy / "manifest.copy.json"
+    saved.write_bytes(manifest.read_bytes()[:100])
+    build(copy)
+    assert saved.read_bytes() == manifest.read_bytes()

@@ -36,6 +36,7 @@ def preprocess(config: PreprocessConfig) -> None:
     distributed.init_gloo(config.work.distributed_timeout_minutes)
     watch.at("the check of the work dir")
     distributed.together(lambda: check_writable("--retro-work-dir", work.path))
+    work.on_rank_0(work.renew_copy)
     if is_change:
         return _change(work, config)
     if (work.path / NEXT).exists():
