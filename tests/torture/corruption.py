@@ -1,5 +1,7 @@
 """Files damaged one at a time: each is named before anything is computed from it, and made again where it can be."""
 
+import contextlib
+import io
 import pathlib
 import random
 import re
@@ -7,9 +9,13 @@ import shutil
 
 from conftest import build
 
+from megatron_retro.config.flags import parse
+from megatron_retro.config.verification import VerifyConfig
 from megatron_retro.errors import UserError
-from megatron_retro.training import checkpoint
+from megatron_retro.storage import fingerprint
+from megatron_retro.training import checkpoint_files
 from megatron_retro.training.data import TrainingData
+from megatron_retro.training.verification import verify
 from torture.training import make_work, pretrain
 from torture.trees import difference, tree
 from torture.trials import Lost, Result, run_trials, seeds
@@ -40,7 +46,7 @@ class Material:
         if path.is_relative_to(self.work):
             TrainingData.open(str(self.work), retrieve=True, verify="full")
         else:
-            checkpoint.find_sound(str(self.save))
+            checkpoint_files.find_sound(str(self.save))
 
 
 def damage(material: Material, number: int) -> tuple[str, dict[pathlib.Path, bytes]]:
@@ -103,7 +109,7 @@ def refuse(material: Material, number: int) -> str:
 
 
 def repair(material: Material, number: int, folder: pathlib.Path) -> None:
-    """Damage a file of a copy of the work dir, run the command that repairs it, compare with what it was.
+    """Damage a file of a copy of the work dir, see it named, run the command that repairs it, compare the result.
 
     Raises:
         Lost: it is not what it was.
@@ -114,7 +120,14 @@ def repair(material: Material, number: int, folder: pathlib.Path) -> None:
     path = work / draw.choice([path for path in inside if len(path.parts) > 1])
     content = bytearray(path.read_bytes())
     content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    was = fingerprint(path)
     path.write_bytes(content)
+    told, command = (
+        told_by_verification(work),
+        f"tools/preprocess_retro_data.py --retro-work-dir {work} --verify-data full",
+    )
+    if not all(word in told for word in (str(path), was, fingerprint(path), command)):
+        raise Lost(f"{path} was damaged, tools/verify_retro_data.py says: {told}")
     build(work, "--verify-data", "full")
     aside = path.with_name(f"{path.name}.damaged")
     if not aside.exists() or aside.read_bytes() != content:
@@ -122,6 +135,14 @@ def repair(material: Material, number: int, folder: pathlib.Path) -> None:
     aside.unlink()
     if problem := difference(tree(work), material.sound):
         raise Lost(f"{path} repaired: {problem}")
+
+
+def told_by_verification(work: pathlib.Path) -> str:
+    """What tools/verify_retro_data.py prints about a damaged work dir."""
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        if verify(parse(VerifyConfig, ["--retro-work-dir", str(work)])):
+            raise Lost("tools/verify_retro_data.py found nothing")
+    return told.getvalue()
 
 
 def campaign(folder: pathlib.Path, count: int, only: int | None = None) -> Result:
@@ -136,7 +157,8 @@ def campaign(folder: pathlib.Path, count: int, only: int | None = None) -> Resul
     failures += run_trials("repair", repaired, lambda n, place: repair(material, n, place), at_once=1)
     return Result(
         "A flipped bit, a cut file, two exchanged files of the same size: refused before first use, with the file's "
-        "name; a work dir's file is set aside and made again, to the byte.",
+        "name; `tools/verify_retro_data.py` names a work dir's with both fingerprints and the command that makes it "
+        "again, to the byte.",
         f"Random damages of all {len({kind for kind, _ in material.files})} kinds of file in a work dir and a "
         "checkpoint, manifests included, opened as training does with `--verify-data full`.",
         f"{count} damages, {len(repaired)} repairs",
