@@ -8,6 +8,9 @@ import signal
 from cluster import Cluster
 from launch import ROOT, run_forked
 
+from torture.training import make_work
+from torture.trials import Result, run_trials, seeds
+
 SMALL = (
     "--retro-add-retriever --num-layers 2 --retro-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 128 "
     "--micro-batch-size 1 --global-batch-size 4 --eval-iters 0 --log-interval 1 --hidden-dropout 0.1"
@@ -50,3 +53,22 @@ def _figures(save: pathlib.Path) -> dict[int, tuple]:
 def _last_iteration(save: pathlib.Path) -> int:
     file = save / "metrics.jsonl"
     return max(_figures(save), default=0) if file.exists() else 0
+
+
+def campaign(folder: pathlib.Path, count: int, only: int | None = None) -> Result:
+    """`count` jobs of three requeues each, or the one of number `only`."""
+    work = make_work(folder)
+    failures = run_trials(
+        "slurm",
+        seeds(count, only),
+        lambda _, place: requeued_training(place, work, times=3, iterations=60),
+        at_once=1,
+    )
+    return Result(
+        "A SLURM job that is warned of its time limit saves, exits and requeues itself; losses, gradient norms and "
+        "learning rates are those of a run that was not interrupted.",
+        "`examples/pretrain.sbatch` under stand-ins for `srun` and `scontrol` that start two nodes here; SIGUSR1 to "
+        "the tasks.",
+        f"{3 * count} requeues",
+        failures,
+    )
