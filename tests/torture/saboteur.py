@@ -180,18 +180,28 @@ class _Orders:
 def _lead(orders: _Orders, arguments: list[str]) -> None:
     """Fork the ranks; when one has failed, end all with it."""
     os.setsid()
-    ranks = [_fork(orders, rank, arguments) for rank in range(orders.ranks)]
-    while ranks:
-        pid, status = os.wait()
-        code = os.waitstatus_to_exitcode(status)
-        if pid in ranks:
-            ranks.remove(pid)
-        if code:
-            if code != -signal.SIGKILL:
-                pathlib.Path(orders.folder, "code").write_text(str(code))
-            time.sleep(random.random() / 5 if orders.fault.alone else 0)  # until a launcher would have seen it
-            os.killpg(0, signal.SIGKILL)
-    pathlib.Path(orders.folder, "code").write_text("0")
+    running, codes = [_fork(orders, rank, arguments) for rank in range(orders.ranks)], list[int]()
+    while running and not any(codes):
+        codes += _ended(running)
+        time.sleep(0.01)
+    if any(codes):
+        time.sleep(random.random() / 5 if orders.fault.alone else 0)  # until a launcher would have seen it
+        codes += _ended(running)
+    if -signal.SIGKILL not in codes:  # a rank that misses a killed one fails too
+        pathlib.Path(orders.folder, "code").write_text(str(next(filter(None, codes), 0)))
+    if any(codes):
+        os.killpg(0, signal.SIGKILL)
+
+
+def _ended(running: list[int]) -> list[int]:
+    """Exit codes of ranks that have ended, which go from `running`."""
+    codes = []
+    for pid in list(running):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            running.remove(pid)
+            codes.append(os.waitstatus_to_exitcode(status))
+    return codes
 
 
 def _fork(orders: _Orders, rank: int, arguments: list[str]) -> int:
