@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from launch import ROOT
 from conftest import build
+from launch import ROOT
 
 from megatron_retro import storage
 from megatron_retro.errors import UserError

@@ -8,6 +8,7 @@ import signal
 
 from conftest import build, stdlib_texts, write_jsonl
 from launch import ROOT, LeftAlone, run_forked
+
 from torture.preprocessing import write_tiny_embedder
 from torture.training import SHAPE
 from torture.trials import Lost, Result, run_trials, seeds

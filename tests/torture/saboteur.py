@@ -33,7 +33,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from launch import ROOT, server
+from launch import ROOT, _server
 
 SECONDS = 300  # a program may take
 _CHANGES = {"os.remove": "remove", "os.rmdir": "rmdir", "os.mkdir": "mkdir", "os.truncate": "truncate"}
@@ -110,7 +110,7 @@ def launch(
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         orders = _Orders(name, str(watched.absolute()), ranks, port, fault or Fault(), str(reload or ""))
-        leader = server().Process(target=_lead, args=(orders, [str(word) for word in arguments]))
+        leader = _server().Process(target=_lead, args=(orders, [str(word) for word in arguments]))
         start = time.monotonic()
         leader.start()
         leader.join(min(SECONDS, orders.fault.seconds))
