@@ -129,7 +129,7 @@ def lock(flag: str, directory: pathlib.Path) -> BinaryIO:
         UserError: one does.
     """
     with explained(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         file = open(directory / ".lock", "ab")  # noqa: SIM115
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # processes that this one forks do not hold it

@@ -189,7 +189,9 @@ def check_alike(material: Material, layout: str, run: Run, save: pathlib.Path, *
     if problem := difference(checkpoint_hashes(save / f"iter_{ITERATIONS:07d}"), material.state[layout]):
         raise Lost(f"last checkpoint: {problem}")
     if left := [
-        place.name for place in save.iterdir() if not re.fullmatch(r"iter_\d+|latest.*txt|metrics.jsonl", place.name)
+        place.name
+        for place in save.iterdir()
+        if not re.fullmatch(r"iter_\d+|latest.*txt|metrics.jsonl|\.lock", place.name)
     ]:
         raise Lost(f"left behind: {left}")
 
