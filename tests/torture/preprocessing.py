@@ -92,22 +92,21 @@ def write_tiny_embedder(directory: pathlib.Path) -> pathlib.Path:
 
 
 def kind_of(event: Event) -> tuple[str, str]:
-    """Fault points that are alike: numbers and corpora left out of their paths."""
-    return event.kind, re.sub(r"\d+", "0", (event.second or event.path).partition("/work")[2])
+    """Fault points that are alike: numbers and names of corpora left out of their paths."""
+    path = (event.second or event.path).partition("/work")[2]
+    return event.kind, re.sub(r"\d+", "0", re.sub("first|second", "*", path))
 
 
 Kill = tuple[int, Fault]  # of a launch on so many ranks
 
 
 def plan(material: Material, count: int) -> list[tuple[str, list[Kill]]]:
-    """(step, kills) of each trial: first each kind of fault point of each step, then random ones and random times."""
+    """(step, kills) of each trial: first each kind of fault point once, then random ones and random times."""
     draw = random.Random(0)
     planned: list[tuple[str, list[Kill]]] = []
-    for (step, ranks), events in material.events.items():
-        alike = collections.defaultdict(list)
-        for event in events:
-            alike[kind_of(event)].append(event)
-        planned += [(step, [_kill(ranks, draw.choice(group), draw)]) for group in alike.values()]
+    for points in points_alike(material).values():
+        step, ranks, event = draw.choice(points)
+        planned.append((step, [_kill(ranks, event, draw)]))
     draw.shuffle(planned)
     keys = sorted(material.events)
     while len(planned) < count:
@@ -121,6 +120,15 @@ def plan(material: Material, count: int) -> list[tuple[str, list[Kill]]]:
             ranks = draw.choice([1, 2])
             kills.append(_kill(ranks, draw.choice(material.events[step, ranks]), draw))
     return planned[:count]
+
+
+def points_alike(material: Material) -> dict[tuple[str, str], list[tuple[str, int, Event]]]:
+    """Kind of fault point -> (step, ranks, event) of all of them."""
+    alike = collections.defaultdict(list)
+    for (step, ranks), events in material.events.items():
+        for event in events:
+            alike[kind_of(event)].append((step, ranks, event))
+    return alike
 
 
 def _kill(ranks: int, event: Event, draw: random.Random) -> Kill:
@@ -186,12 +194,12 @@ def campaign(folder: pathlib.Path, count: int, only: int | None = None) -> Resul
         kills.append(kill_and_go_on(material, *planned[number], number, place))
 
     failures = run_trials("preprocessing", seeds(len(planned), only), trial)
-    kinds = {(step, ranks, kind_of(event)) for (step, ranks), events in material.events.items() for event in events}
+    kinds = len(points_alike(material))
     return Result(
         "A killed build goes on with any number of ranks and ends with the bytes of one that was not; no more than one "
         "block a rank is made again.",
-        f"SIGKILL of one rank or all, at each of the {len(kinds)} kinds of fault point (before a write with half of it "
-        "done, an fsync, a rename, a removal) and at random times, 1 and 2 ranks, while building (dense and hybrid), "
+        f"SIGKILL of one rank or all, at {min(kinds, len(planned))} of the {kinds} kinds of fault point (before a write with half "
+        "of it done, an fsync, a rename, a removal) and at random times, 1 and 2 ranks, while building (dense and hybrid), "
         "adding, removing and compacting; half of the times power is cut too: what was not synced is lost. "
         "Gone on with 1, 2 or 3 ranks, killed again now and then.",
         f"{sum(kills)} kills",
