@@ -198,9 +198,10 @@ def campaign(folder: pathlib.Path, count: int, only: int | None = None) -> Resul
     return Result(
         "A killed build goes on with any number of ranks and ends with the bytes of one that was not; no more than one "
         "block a rank is made again.",
-        f"SIGKILL of one rank or all, at {min(kinds, len(planned))} of the {kinds} kinds of fault point (before a write with half "
-        "of it done, an fsync, a rename, a removal) and at random times, 1 and 2 ranks, while building (dense and hybrid), "
-        "adding, removing and compacting; half of the times power is cut too: what was not synced is lost. "
+        f"SIGKILL of one rank or all, at {min(kinds, len(planned))} of the {kinds} kinds of fault point (before a "
+        "write with half of it done, an fsync, a rename, a removal) and at random times, 1 and 2 ranks, while building "
+        "(dense and hybrid), adding, removing and compacting; half of the times power is cut too: what was not synced "
+        "is lost. "
         "Gone on with 1, 2 or 3 ranks, killed again now and then.",
         f"{sum(kills)} kills",
         failures,
