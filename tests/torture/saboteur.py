@@ -122,7 +122,8 @@ def launch(
             raise TimeoutError(f"{' '.join(map(str, arguments))} did not end in {SECONDS} seconds\n{text}")
         code = int(_read(folder / "code") or -signal.SIGKILL)
         events = sorted(_events(folder, ranks), key=lambda event: event.time)
-        facts = [json.loads(line) for rank in range(ranks) for line in _read(folder / f"facts.{rank}").splitlines()]
+        lines = [(rank, line) for rank in range(ranks) for line in _read(folder / f"facts.{rank}").splitlines()]
+        facts = [{"rank": rank, **json.loads(line)} for rank, line in lines]
         copies = folder / "replaced"
         if code == -signal.SIGKILL and copies.exists():  # for `cut_power`
             shutil.copytree(copies, _copies_of(watched), dirs_exist_ok=True)

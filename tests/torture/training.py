@@ -78,7 +78,10 @@ class Run:
                     told = hash_of(json.dumps([fact["chunks"], fact["neighbors"]]).encode())
                     if self.samples.setdefault(fact["sample"], told) != told:
                         raise Lost(f"sample {fact['sample']} was read with other chunks or neighbors")
-        self.drawn = [fact["drawn"] for fact in outcomes[-1].facts if "drawn" in fact]
+        self.drawn: dict[tuple[int, int], str] = {}  # (rank, updates before the end)
+        for rank in {fact["rank"] for fact in outcomes[-1].facts}:
+            drawn = [fact["drawn"] for fact in outcomes[-1].facts if fact["rank"] == rank and "drawn" in fact]
+            self.drawn |= {(rank, number): state for number, state in enumerate(reversed(drawn))}
 
 
 def metrics_lines(save: pathlib.Path) -> list[dict[str, Any]]:
@@ -184,7 +187,7 @@ def check_alike(material: Material, layout: str, run: Run, save: pathlib.Path, *
         raise Lost(f"figures of updates: {problem}")
     if problem := difference(run.samples, whole.samples):
         raise Lost(f"samples and neighbors: {problem}")
-    if run.drawn != whole.drawn[len(whole.drawn) - len(run.drawn) :]:
+    if run.drawn != {key: whole.drawn[key] for key in run.drawn}:
         raise Lost("random states differ")
     if problem := difference(checkpoint_hashes(save / f"iter_{ITERATIONS:07d}"), material.state[layout]):
         raise Lost(f"last checkpoint: {problem}")
