@@ -20,9 +20,9 @@ from megatron_retro.config.preprocessing import PreprocessConfig
 from megatron_retro.data.chunks import ChunkTable, Corpus, removed_documents
 from megatron_retro.errors import UserError
 from megatron_retro.reading import read_text
-from megatron_retro.retrieval import stages
+from megatron_retro.retrieval import room, stages
 from megatron_retro.retrieval.blocks import Advance, RowTable, make_blocks, plan
-from megatron_retro.retrieval.corpora import describe, remove_parts, tokenize
+from megatron_retro.retrieval.corpora import begin, describe, remove_parts, tokenize
 from megatron_retro.retrieval.neighbors import NeighborTable
 from megatron_retro.retrieval.progress import say
 from megatron_retro.retrieval.query import ENDINGS, Saved, query
@@ -197,8 +197,12 @@ def _obsolete(work: WorkDir) -> list[pathlib.Path]:
 
 def _refresh(work: WorkDir, after: WorkDir, config: PreprocessConfig) -> None:
     """Do again what follows from the documents; blocks and shards that are there already stay."""
+    known = {entry["name"]: entry for entry in work.facts("corpus")["corpora"]}
     if not after.has("corpus"):
-        tokenize(after, config, {entry["name"]: entry for entry in work.facts("corpus")["corpora"]})
+        known = begin(after, config, known)
+    _check_room(work, after, config, known)
+    if not after.has("corpus"):
+        tokenize(after, config, known)
     if not after.has("chunks"):
         stages.build_chunks(after, config)
     if after.facts("chunks")["documents"] == work.facts("chunks")["documents"]:
@@ -209,6 +213,14 @@ def _refresh(work: WorkDir, after: WorkDir, config: PreprocessConfig) -> None:
         stages.fill_index(after, config)
     if not after.has("neighbors"):
         query(after, config, Saved(work))
+
+
+def _check_room(work: WorkDir, after: WorkDir, config: PreprocessConfig, known: dict[str, dict[str, Any]]) -> None:
+    """Refuse a change that would fill the disk."""
+    tasks = {"corpus": "tokenize", "chunks": "db-build", "embeddings": "embed", "index": "index-add"}
+    tasks["neighbors"] = "query-neighbors"
+    todo, width = [task for stage, task in tasks.items() if not after.has(stage)], work.facts("embeddings")["width"]
+    after.on_rank_0(lambda: room.check(after, config, todo, width, known))
 
 
 def _keep(work: WorkDir, after: WorkDir) -> None:
@@ -227,6 +239,7 @@ def _purge(work: WorkDir, after: WorkDir, config: PreprocessConfig) -> None:
     if not after.has("corpus"):
         work.on_rank_0(lambda: _purge_corpora(work, after, old))
         after.reload()
+    _check_room(work, after, config, {})
     if not after.has("chunks"):
         stages.build_chunks(after, config)
     new = distributed.together(lambda: ChunkTable.open(after))

@@ -88,23 +88,21 @@ def _weighted_prefixes(values: tuple[str, ...]) -> list[tuple[float, str]]:
     ]
 
 
-def tokenize(work: WorkDir, config: PreprocessConfig, known: dict[str, dict[str, Any]] | None = None) -> None:
-    """The task `tokenize`: a tokenizer, and the corpora's `.bin/.idx`.
+def begin(work: WorkDir, config: PreprocessConfig, known: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The beginning of the task `tokenize`: settle what the work dir is made from, and its tokenizer.
 
     Args:
         known: name -> entry of corpora that stay as they are.
 
+    Returns:
+        `known`, and what else need not be made again.
+
     Raises:
         UserError: bad input, or not what the work dir was begun with.
     """
-    entries = distributed.together(lambda: {**(known or {}), **_intact(work)})
+    entries = distributed.together(lambda: {**known, **_intact(work)})
     work.on_rank_0(lambda: _begin(work, config, entries))
-    for source in work.settings["sources"]:
-        if source["name"] not in entries:
-            make = _use_in_place if source["tokens"] else _tokenize_documents
-            entries[source["name"]] = make(work, source, config)
-    if not work.has("corpus"):
-        work.on_rank_0(lambda: _commit_corpus(work, [entries[source["name"]] for source in work.settings["sources"]]))
+    return entries
 
 
 def _intact(work: WorkDir) -> dict[str, dict[str, Any]]:
@@ -124,13 +122,30 @@ def _intact(work: WorkDir) -> dict[str, dict[str, Any]]:
 
 
 def _begin(work: WorkDir, config: PreprocessConfig, known: dict[str, dict[str, Any]]) -> None:
-    """Settle what the work dir is made from, and its tokenizer; written together, so a refused flag leaves no trace."""
     settle(config, work, "tokenize")
     _settle_sources(work, config, known)
     if not work.has("tokenizer"):
         start = time.monotonic()
         _make_tokenizer(work, config)
         costs.note(work, "seconds", tokenizer=round(time.monotonic() - start, 1))
+
+
+def tokenize(work: WorkDir, config: PreprocessConfig, known: dict[str, dict[str, Any]]) -> None:
+    """The rest of the task `tokenize`: the corpora's `.bin/.idx`.
+
+    Args:
+        known: what `begin` returned.
+
+    Raises:
+        UserError: a bad record under `--strict`, or no document with text.
+    """
+    entries = dict(known)
+    for source in work.settings["sources"]:
+        if source["name"] not in entries:
+            make = _use_in_place if source["tokens"] else _tokenize_documents
+            entries[source["name"]] = make(work, source, config)
+    if not work.has("corpus"):
+        work.on_rank_0(lambda: _commit_corpus(work, [entries[source["name"]] for source in work.settings["sources"]]))
 
 
 def _settle_sources(work: WorkDir, config: PreprocessConfig, known: dict[str, dict[str, Any]]) -> None:

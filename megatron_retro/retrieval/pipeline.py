@@ -11,8 +11,8 @@ import time
 from megatron_retro import distributed, watch
 from megatron_retro.config.preprocessing import CHANGES, PreprocessConfig, check_given
 from megatron_retro.errors import UserError
-from megatron_retro.retrieval import costs, stages
-from megatron_retro.retrieval.corpora import check_sources, remove_parts, tokenize
+from megatron_retro.retrieval import costs, room, stages
+from megatron_retro.retrieval.corpora import begin, check_sources, remove_parts, tokenize
 from megatron_retro.retrieval.progress import duration, forget_peak_memory, peak_memory, say
 from megatron_retro.storage import check_writable, lock
 from megatron_retro.workdir import NEXT, STAGES, WorkDir
@@ -50,8 +50,8 @@ def preprocess(config: PreprocessConfig) -> None:
     _use_cores()
     width = distributed.together(lambda: stages.check_engines(work, config, todo) if distributed.rank() == 0 else None)
     with _locked(work):
-        for task in todo:
-            _run(task, work, config)
+        for number, task in enumerate(todo):
+            _run(todo[number:], work, config, width, tell=number == 0)
             if task == "db-build":
                 work.on_rank_0(lambda: stages.check_index(work, config, todo, width))
     _summarize(work)
@@ -107,12 +107,15 @@ def _use_cores() -> None:
     faiss.omp_set_num_threads(distributed.use_this_ranks_share())
 
 
-def _run(task: str, work: WorkDir, config: PreprocessConfig) -> None:
+def _run(todo: list[str], work: WorkDir, config: PreprocessConfig, width: int | None, *, tell: bool) -> None:
+    """Do the first one of `todo`, if there is room for all of them."""
+    task, start = todo[0], time.monotonic()
     watch.at(task)
-    start = time.monotonic()
     forget_peak_memory()
+    known = begin(work, config, {}) if task == "tokenize" else {}
+    work.on_rank_0(lambda: room.check(work, config, todo, width, known, tell=tell))
     if task == "tokenize":
-        tokenize(work, config)
+        tokenize(work, config, known)
     elif task == "db-build":
         stages.build_chunks(work, config)
     elif task == "embed":

