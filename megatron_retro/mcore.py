@@ -8,7 +8,7 @@ import contextlib
 import functools
 import itertools
 import os
-import queue
+import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -31,7 +31,6 @@ for _message in (
 # ruff: noqa: E402
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -59,7 +58,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import local_multi_tensor_l2_norm
 
-from megatron_retro import distributed, mcore_optimizer, watch
+from megatron_retro import distributed, mcore_optimizer, mcore_writer, watch
+from megatron_retro.errors import UserError
 from megatron_retro.mcore_cpu import TypeNamesMode, redirect_to_cpu
 
 __all__ = [
@@ -96,6 +96,8 @@ _CHECKPOINT_FORMAT = {
     "chained_optim_avoid_prefix": True,
     "distrib_optim_sharding_type": "fully_reshardable",
 }
+
+_BYTES_BESIDE = 2100  # a tensor in a checkpoint: its name, shape and place
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -536,14 +538,52 @@ def gather_vocabulary(logits: torch.Tensor) -> torch.Tensor:
 
 
 def save_state(model: torch.nn.Module, optimizer: Any, directory: str) -> None:
-    """Write weights and optimizer state, sharded, into an empty directory; every rank calls it."""
+    """Write weights and optimizer state, sharded, into an empty directory; every rank calls it.
+
+    Raises:
+        UserError: some rank could not write, on every rank.
+    """
     if isinstance(model, ModelChunks):
         model.gather_weights()
     state = _sharded_state(model, optimizer, is_loading=False)
-    # Between saves in the background results pass through a server process, which a killed run would leave behind.
-    filesystem_async._results_queue = queue.SimpleQueue()
-    with _cuda_type_names():
+    with _cuda_type_names(), mcore_writer.writing_here() as failures:
         dist_checkpointing.save(state, directory, content_metadata=_CHECKPOINT_FORMAT)
+
+    def tell() -> None:
+        for error in failures:
+            raise UserError(
+                f"{error.filename or directory} cannot be written ({error.strerror}); make room and run the same "
+                "command again: it goes on from the checkpoint before this one"
+            )
+
+    try:
+        distributed.together(tell)
+    except UserError:
+        if distributed.rank() == 0:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def checkpoint_bytes(model: ModelChunks, optimizer: Any) -> int:
+    """Bytes that `save_state` writes, of all ranks; every rank calls it.
+
+    Each parameter is counted where it is stored: not by other data-parallel ranks, nor by tensor-parallel ranks that
+    hold the same, nor by a last stage that shares the embedding.
+    """
+    group = parallel_state.get_data_parallel_group()
+    first, chunks = dist.get_rank(group) == 0, list(model)
+    is_fp32 = not chunks[0].config.bf16 and not chunks[0].ddp_config.use_distributed_optimizer
+    copies = 2 if is_fp32 else 3  # Adam's two averages, and weights in fp32
+    num_bytes = 0
+    for parameter in itertools.chain.from_iterable(chunk.parameters() for chunk in chunks) if first else ():
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        if (sharded or parallel_state.get_tensor_model_parallel_rank() == 0) and not getattr(
+            parameter, "shared", False
+        ):
+            num_bytes += parameter.numel() * (parameter.element_size() + 4 * copies) + (1 + copies) * _BYTES_BESIDE
+    total = torch.tensor(num_bytes, dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    return int(total)
 
 
 def load_state(model: torch.nn.Module, optimizer: Any | None, directory: str) -> None:

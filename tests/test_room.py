@@ -5,18 +5,21 @@ import gzip
 import os
 import pathlib
 import random
+import re
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import SMALL, build, stdlib_texts, write_jsonl
+from conftest import SMALL, TRAINING, build, stdlib_texts, write_jsonl
+from launch import run_forked
 
 from megatron_retro.data import estimate
 from megatron_retro.data.documents import Source
 from megatron_retro.data.tokenizer import Tokenizer
 from megatron_retro.errors import UserError
 from megatron_retro.retrieval import embedding, room
+from megatron_retro.training import room as checkpoint_room
 from megatron_retro.workdir import WorkDir
 
 Disk = collections.namedtuple("Disk", "total used free")
@@ -115,6 +118,33 @@ def test_bytes_of_an_index(factory):
     index.add_with_ids(vectors, np.arange(3000))
     fixed, per_vector = room.index_bytes(factory, 32)
     assert fixed + 3000 * per_vector == pytest.approx(len(faiss.serialize_index(index)), rel=0.03)
+
+
+def test_a_save_that_the_disk_refuses(small_work, trained, tmp_path):
+    """Every rank leaves, in one line that names the file; the checkpoint before it is whole, and the rest gone.
+
+    With room the same command goes on. A checkpoint takes what was told.
+    """
+    save = shutil.copytree(trained, tmp_path / "save")
+    before = {file: file.read_bytes() for file in save.glob("iter_*/*")}
+    flags = ["--retro-work-dir", small_work, "--retro-add-retriever", "--retro-layers", "2,4", *TRAINING]
+    command = ["pretrain_retro.py", *flags, "--train-iters", "5", "--save", save, "--load", save]
+    text = run_forked("tests/limited.py", 100_000, *command, ranks=2, expect=2)
+    (line,) = [line for line in text.splitlines() if "error: " in line]
+    assert re.search(r"error: \S+/__\d_\d.distcp cannot be written \(File too large\); make room and run", line)
+    assert {file: file.read_bytes() for file in save.glob("iter_*/*")} == before
+    assert len(list(save.glob("iter_*"))) == 1
+    assert "saved iteration 5" in run_forked(*command)
+    told = float(re.search(r"a checkpoint takes ([\d.]+) MB", text)[1]) * 1e6
+    assert told == pytest.approx(sum(file.stat().st_size for file in save.glob("iter_0000005/*")), rel=0.1)
+
+
+def test_checkpoints_that_cannot_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(10**9, 10**9 - 5_000_000, 5_000_000))
+    with pytest.raises(UserError, match=r"--save \S+: a checkpoint takes 6 MB, its disk has 5 MB free; make room"):
+        checkpoint_room.check(str(tmp_path / "save"), 6_000_000, 1)
+    assert checkpoint_room.check(str(tmp_path / "save"), 4_000_000, 1).endswith(" has 5 MB free")
+    assert "not enough for the 2 that" in checkpoint_room.check(str(tmp_path / "save"), 4_000_000, 2)
 
 
 def test_large_sources_are_told_by_a_sample(small_work, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from megatron_retro.errors import UserError
 from megatron_retro.model.flops import multiply_adds
 from megatron_retro.model.model import padded_vocab_size
 from megatron_retro.storage import check_writable, lock
-from megatron_retro.training import bad_steps, checkpoint, checkpoint_files
+from megatron_retro.training import bad_steps, checkpoint, checkpoint_files, room
 from megatron_retro.training.data import TrainingData, check_split
 from megatron_retro.training.evaluation import sample_losses
 from megatron_retro.training.log import RunLog
@@ -96,6 +96,11 @@ def train(config: PretrainConfig, started: float) -> None:
         schedule.step(increment=consumed_samples)
         log.say(f"resumed from {found}, {consumed_samples:,} samples read")
     log.say(_description(config, data, model, train_samples))
+    if run.save:
+        left = optimization.train_iters - iteration
+        every = run.save_interval or optimization.train_iters
+        num_saves = optimization.train_iters // every - iteration // every + (optimization.train_iters % every > 0)
+        log.say(room.check(run.save, mcore.checkpoint_bytes(model, optimizer), num_saves if left > 0 else 0))
     if run.eval_iters and valid_samples is None:
         log.say("the valid split is empty: no evaluation")
 
