@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 
 import numpy as np
 import pyarrow
