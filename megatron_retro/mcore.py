@@ -8,7 +8,6 @@ import contextlib
 import functools
 import itertools
 import os
-import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -556,12 +555,7 @@ def save_state(model: torch.nn.Module, optimizer: Any, directory: str) -> None:
                 "command again: it goes on from the checkpoint before this one"
             )
 
-    try:
-        distributed.together(tell)
-    except UserError:
-        if distributed.rank() == 0:
-            shutil.rmtree(directory, ignore_errors=True)
-        raise
+    distributed.together(tell)
 
 
 def checkpoint_bytes(model: ModelChunks, optimizer: Any) -> int:

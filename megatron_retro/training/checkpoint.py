@@ -9,6 +9,7 @@ Random states are not stored: every step draws from streams seeded by (seed, ste
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,12 +63,26 @@ def save(directory: str, model: torch.nn.Module, optimizer: Any, state: RunState
     root = pathlib.Path(directory)
     final = root / checkpoint_files.name_of(state.iteration)
     partial = root / f"{final.name}.partial"
-    with storage.explained(partial):
-        distributed.together(lambda: checkpoint_files.clear(final, partial))
+    try:
+        _together(partial, lambda: checkpoint_files.clear(final, partial))
         mcore.save_state(model, optimizer, str(partial))
-        prints = distributed.all_gather(distributed.together(lambda: checkpoint_files.sync_share(partial)))
-        distributed.together(lambda: _publish(final, partial, state, prints))
+        prints = distributed.all_gather(_together(partial, lambda: checkpoint_files.sync_share(partial)))
+        _together(partial, lambda: _publish(final, partial, state, prints))
+    except UserError:
+        if distributed.rank() == 0:
+            storage.remove(partial)
+        raise
     return final
+
+
+def _together(partial: pathlib.Path, work: Callable[[], Any]) -> Any:
+    """`distributed.together`; what a full disk says on one rank, all say."""
+
+    def explained() -> Any:
+        with storage.explained(partial):
+            return work()
+
+    return distributed.together(explained)
 
 
 def read_state(path: pathlib.Path) -> RunState:

@@ -8,8 +8,7 @@ import pathlib
 import time
 from typing import Any
 
-from megatron_retro import distributed
-from megatron_retro.storage import make_directory
+from megatron_retro import distributed, storage
 from megatron_retro.training.stragglers import STEPS, Straggler
 
 _LONGEST_LINE = 1 << 16  # bytes of metrics.jsonl
@@ -29,7 +28,7 @@ class RunLog:
         self._active = distributed.rank() == 0
         self._file = self._board = None
         if self._active and save:
-            make_directory(pathlib.Path(save))
+            storage.make_directory(pathlib.Path(save))
             path = pathlib.Path(save) / "metrics.jsonl"
             _cut_torn_line(path)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
@@ -63,14 +62,20 @@ class RunLog:
         self.write(iteration, figures)
 
     def write(self, iteration: int, figures: dict[str, Any]) -> None:
-        """A line of figures; a number that is not finite becomes null there, for JSON has none."""
+        """A line of figures; a number that is not finite becomes null there, for JSON has none.
+
+        Raises:
+            UserError: the disk is full, or cannot be written to.
+        """
         if self._file:
             numbers = {name: None if _is_bad(value) else value for name, value in figures.items()}
-            self._file.write(json.dumps({"iteration": iteration, **numbers}) + "\n")
-            self._file.flush()
+            with storage.explained(pathlib.Path(self._file.name)):
+                self._file.write(json.dumps({"iteration": iteration, **numbers}) + "\n")
+                self._file.flush()
         for name, value in figures.items():
             if self._board and not isinstance(value, str):
-                self._board.add_scalar(name, value, iteration)
+                with storage.explained(pathlib.Path(self._board.log_dir)):
+                    self._board.add_scalar(name, value, iteration)
 
     def close(self) -> None:
         if self._file:
