@@ -7,7 +7,6 @@ all ranks have come to the end of the save.
 
 import concurrent.futures
 import contextlib
-import os
 import pathlib
 import queue
 import unittest.mock
@@ -18,6 +17,8 @@ import torch
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
+
+from megatron_retro import storage
 
 
 @contextlib.contextmanager
@@ -59,55 +60,15 @@ def writing_here() -> Iterator[list[OSError]]:
 
 def _save_common(strategy: Any, state: dict, directory: str) -> None:
     if torch.distributed.get_rank() == 0:
-        with _opened(pathlib.Path(directory) / common.COMMON_STATE_FNAME) as stream:
+        with storage.for_library(pathlib.Path(directory) / common.COMMON_STATE_FNAME) as stream:
             torch.save(state, stream)
 
 
 def _write_bucket(bucket: Any, transforms: list) -> list:
     """One file of tensors; where each of them lies."""
     path, name, (objects, tensors) = bucket
-    with _opened(path) as stream:
+    with storage.for_library(pathlib.Path(path)) as stream:
         return [
             _write_item(transforms[0], stream, data, item, name, serialization_format=SerializationFormat.TORCH_SAVE)
             for item, data in [*objects, *tensors]
         ]
-
-
-@contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[Any]:
-    """A file to write, synced; what the disk refuses is raised behind the block: torch's writer would lose it."""
-    try:
-        with open(path, "wb") as file:
-            stream = _Stream(file)
-            yield stream
-            if stream.error:
-                raise stream.error
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-class _Stream:
-    """A file that, full, swallows what it is given."""
-
-    def __init__(self, file: Any):
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        if self.error is None:
-            try:
-                return self._file.write(data)
-            except OSError as error:
-                self.error = error
-        return memoryview(data).nbytes
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def tell(self) -> int:
-        return self._file.tell()

@@ -102,10 +102,52 @@ def explained(path: pathlib.Path) -> Iterator[None]:
         raise
 
 
-def as_os_error(error: RuntimeError) -> OSError | RuntimeError:
-    """What a library in C++ says that a write failed, as Python would say it; the library does not tell why."""
-    room = "write" in str(error) and f"{error}"
-    return OSError(errno.ENOSPC, room) if room else error
+@contextlib.contextmanager
+def for_library(path: pathlib.Path) -> Iterator[Any]:
+    """A file that a library in C++ writes, synced; such libraries lose the cause of a failed write, or the failure.
+
+    Raises:
+        OSError: what the disk refused, behind the block.
+    """
+    try:
+        with open(path, "wb") as file:
+            stream = Stream(file)
+            yield stream
+            if stream.error:
+                raise stream.error
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+class Stream:
+    """A file that takes everything, also when it is full.
+
+    Attributes:
+        error: what the disk refused first.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                return self._file.write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        """At the end."""
+
+    def close(self) -> None:
+        """At the end."""
 
 
 def check_writable(flag: str, directory: pathlib.Path) -> None:

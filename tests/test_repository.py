@@ -31,7 +31,7 @@ ARROWS = {
     "webpage": set(),
     "mcore_cpu": set(),
     "mcore_optimizer": set(),
-    "mcore_writer": set(),
+    "mcore_writer": BASE,
     "mcore": {"mcore_cpu", "mcore_optimizer", "mcore_writer"} | BASE,
     "data": {"mcore"} | BASE,
     "model": {"mcore"} | BASE,

@@ -20,7 +20,7 @@ from megatron_retro.errors import UserError
 from megatron_retro.retrieval.blocks import Block
 from megatron_retro.retrieval.database import Database
 from megatron_retro.retrieval.embedding import EmbeddingTable
-from megatron_retro.storage import as_os_error, replacing
+from megatron_retro.storage import for_library, replacing
 
 EXACT_LIMIT = 50_000  # database chunks up to which comparing with all costs little beside embedding
 
@@ -169,11 +169,8 @@ def write_index(path: pathlib.Path, index: Any) -> None:
     """Write an index; `path` is complete or absent."""
     import faiss
 
-    with replacing(path) as temporary:
-        try:
-            faiss.write_index(index, str(temporary))
-        except RuntimeError as error:
-            raise as_os_error(error) from None
+    with replacing(path) as temporary, for_library(temporary) as stream:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write, 1 << 20))  # type: ignore[attr-defined]
 
 
 def read_index(path: pathlib.Path, width: int, *, mapped: bool = False) -> Any:
