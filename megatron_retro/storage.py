@@ -62,7 +62,9 @@ def write_atomically(path: pathlib.Path, write: Callable[[BinaryIO], Any]) -> No
 
 
 def save_npy(path: pathlib.Path, array: np.ndarray) -> None:
-    write_atomically(path, lambda file: np.save(file, array, allow_pickle=False))
+    """Write an array past numpy's own way to write files, which tells neither why it could not nor always that."""
+    with replacing(path) as temporary, for_library(temporary) as stream:
+        np.lib.format.write_array(stream, array, allow_pickle=False)
 
 
 def append_line(file: BinaryIO, value: Any) -> None:

@@ -1,13 +1,16 @@
 """Disk: told before it is taken, within a tenth; refused where it does not fit."""
 
 import collections
+import contextlib
 import gzip
 import os
 import pathlib
 import random
 import re
+import resource
 import shutil
 
+import faiss
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -15,11 +18,14 @@ import pytest
 from conftest import SMALL, TRAINING, build, stdlib_texts, write_jsonl
 from launch import run_forked
 
+from megatron_retro import storage
 from megatron_retro.data import estimate
 from megatron_retro.data.documents import Source
+from megatron_retro.data.tokenize import write_documents
 from megatron_retro.data.tokenizer import Tokenizer
 from megatron_retro.errors import UserError
 from megatron_retro.retrieval import embedding, room
+from megatron_retro.retrieval.index import write_index
 from megatron_retro.training import room as checkpoint_room
 from megatron_retro.workdir import WorkDir
 
@@ -110,8 +116,6 @@ def test_what_cannot_fit_is_refused(small_input, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF64_HNSW32,RaBitQ", "HNSW16,SQ4", "SQ8"])
 def test_bytes_of_an_index(factory):
-    import faiss
-
     vectors = np.random.default_rng(0).standard_normal((3000, 32), np.float32)
     index = faiss.index_factory(32, factory)
     index = index if "IVF" in factory else faiss.IndexIDMap2(index)
@@ -146,6 +150,49 @@ def test_checkpoints_that_cannot_fit(tmp_path, monkeypatch):
         checkpoint_room.check(str(tmp_path / "save"), 6_000_000, 1)
     assert checkpoint_room.check(str(tmp_path / "save"), 4_000_000, 1).endswith(" has 5 MB free")
     assert "not enough for the 2 that" in checkpoint_room.check(str(tmp_path / "save"), 4_000_000, 2)
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def index_of(number):
+    index = faiss.IndexIDMap2(faiss.IndexFlatL2(8))
+    index.add_with_ids(np.full((300, 8), number, np.float32), np.arange(300))
+    return index
+
+
+WRITERS = {
+    "rows.npy": lambda path, number: storage.save_npy(path, np.full((500, 7), number, np.float16)),
+    "shard.faiss": lambda path, number: write_index(path, index_of(number)),
+    "tokens.bin": lambda path, number: write_documents(path.with_suffix(""), [np.full(4000, number)] * 2, np.uint16),
+    "summary.json": lambda path, number: storage.write_sealed(path, {"rows": [number] * 1000}),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_no_writer_leaves_half_a_file(tmp_path, name):
+    """A limit anywhere, up to the last byte: one line that names the file, and what was there before stays."""
+    write, path = WRITERS[name], tmp_path / name
+    write(path, 1)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    size = path.stat().st_size
+    for limit in (0, 1, 100, size // 2, size - 1):
+        with (
+            files_of_at_most(limit),
+            pytest.raises(UserError, match=rf"{path}.* \(File too large\); make room and run"),
+        ):
+            write(path, 2)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    with files_of_at_most(size):
+        write(path, 2)
+    assert path.read_bytes() != before[name] and len(list(tmp_path.iterdir())) == len(before)
 
 
 def test_large_sources_are_told_by_a_sample(small_work, tmp_path, monkeypatch):

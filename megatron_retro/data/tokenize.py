@@ -143,10 +143,11 @@ def _building(prefix: pathlib.Path, dtype: type[np.number]) -> Iterator[Any]:
     """megatron-core's builder of `<prefix>.bin .idx`, writing under temporary names."""
     from megatron_retro.mcore import IndexedDatasetBuilder
 
-    with replacing(pathlib.Path(f"{prefix}.bin")) as tokens, replacing(pathlib.Path(f"{prefix}.idx")) as index:
+    with replacing(pathlib.Path(f"{prefix}.bin")) as tokens:
         builder = IndexedDatasetBuilder(str(tokens), dtype=dtype)
         try:
             yield builder
-            builder.finalize(str(index))
         finally:
             builder.data_file.close()
+        with replacing(pathlib.Path(f"{prefix}.idx")) as index:
+            builder.finalize(str(index))

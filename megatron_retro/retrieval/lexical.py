@@ -31,6 +31,7 @@ import functools
 import itertools
 import pathlib
 import unicodedata
+import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -113,7 +114,8 @@ class Bm25Index:
             bm25.index(rows, create_empty_token=False, show_progress=False)
         with replacing(directory) as temporary:
             temporary.mkdir()
-            bm25.save(temporary, show_progress=False)
+            with unittest.mock.patch.object(np, "save", lambda file, array, **_: save_npy(pathlib.Path(file), array)):
+                bm25.save(temporary, show_progress=False)
             save_npy(temporary / "documents.npy", np.flatnonzero(database.is_member))
 
     @classmethod
