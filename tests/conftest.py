@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import unittest.mock
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,18 @@ def build(work: pathlib.Path, *arguments: str) -> None:
 
     with unittest.mock.patch.object(embedding, "fastest_dtype", _measured_once):
         preprocess(parse(PreprocessConfig, ["--retro-work-dir", str(work), *arguments]))
+
+
+def unfinish(work: Any, *stages: str) -> Any:
+    """Have a work dir look as if it was killed when all of its last stages was made, before their records."""
+    for stage in stages:
+        record = work.manifest["stages"].pop(stage)
+        (work.path / "unfinished").mkdir(exist_ok=True)
+        with open(work.path / "unfinished" / f"{stage}.0.jsonl", "w", encoding="utf-8") as notes:
+            for name, print_ in record["files"].items():
+                notes.write(json.dumps({"file": name, "fingerprint": print_, "from": record["parent"]}) + "\n")
+    work.write()
+    return work
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:

@@ -10,7 +10,7 @@ import sys
 import faiss
 import numpy as np
 import pytest
-from conftest import SMALL, build, stdlib_texts, write_jsonl
+from conftest import SMALL, build, stdlib_texts, unfinish, write_jsonl
 from launch import run_forked
 
 from megatron_retro.data.chunks import ChunkTable
@@ -34,16 +34,8 @@ def arrays(work, *kinds):
 
 
 def copy_without(small_work, path, *stages):
-    """A copy of the small work dir in which the last stages are not finished: made, and killed before the record."""
-    work = WorkDir(shutil.copytree(small_work, path))
-    for stage in stages:
-        record = work.manifest["stages"].pop(stage)
-        (work.path / "unfinished").mkdir(exist_ok=True)
-        with open(work.path / "unfinished" / f"{stage}.0.jsonl", "w") as notes:
-            for name, print_ in record["files"].items():
-                notes.write(json.dumps({"file": name, "fingerprint": print_, "from": record["parent"]}) + "\n")
-    work.write()
-    return work
+    """A copy of the small work dir in which the last stages are not finished."""
+    return unfinish(WorkDir(shutil.copytree(small_work, path)), *stages)
 
 
 # ------------------------------------------------------------------------------------------------ ranks

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import SMALL, TRAINING, build, stdlib_texts, write_jsonl
+from conftest import SMALL, TRAINING, build, stdlib_texts, unfinish, write_jsonl
 from launch import run_forked
 
 from megatron_retro import storage
@@ -89,12 +89,11 @@ def test_a_build_takes_what_it_said(tmp_path, watched, monkeypatch, capsys):
     assert shown.count("disk: ") == 1 and " will grow by " in shown and "embeddings " in shown
 
     watched.clear()
-    work = WorkDir(tmp_path / "work")
-    for stage in ("embeddings", "index", "neighbors"):
-        for name in work.manifest["stages"].pop(stage)["files"]:
-            if "0-" not in name:
-                (work.path / name).unlink()
-    work.write()
+    work = unfinish(WorkDir(tmp_path / "work"), "embeddings", "index", "neighbors")
+    for stage in ("embeddings", "neighbors"):
+        for file in work.directory(stage).rglob("*.npy"):
+            if not file.name.startswith("0-"):
+                file.unlink()
     build(work.path)
     assert_right(watched)
 

@@ -7,6 +7,7 @@ Heavy libraries are imported by the tasks that need them, so a run with nothing 
 
 import contextlib
 import time
+from collections.abc import Iterator
 
 from megatron_retro import distributed, watch
 from megatron_retro.config.preprocessing import CHANGES, PreprocessConfig, check_given
@@ -14,7 +15,7 @@ from megatron_retro.errors import UserError
 from megatron_retro.retrieval import costs, room, stages
 from megatron_retro.retrieval.corpora import begin, check_sources, remove_parts, tokenize
 from megatron_retro.retrieval.progress import duration, forget_peak_memory, peak_memory, say
-from megatron_retro.storage import check_writable, lock
+from megatron_retro.storage import check_writable, lock, remove
 from megatron_retro.workdir import NEXT, STAGES, WorkDir
 
 # The stage that records a task as finished; index-train is finished when its file is there.
@@ -95,10 +96,18 @@ def is_done(work: WorkDir, task: str) -> bool:
     return work.has(_STAGE[task]) and (task != "tokenize" or work.has("tokenizer"))
 
 
-def _locked(work: WorkDir) -> contextlib.AbstractContextManager:
-    """Around writing to a work dir; every rank calls it."""
+@contextlib.contextmanager
+def _locked(work: WorkDir) -> Iterator[None]:
+    """Around writing to a work dir; every rank calls it. Where nothing was written, nothing is left."""
+    is_new = not work.path.exists()
     file = distributed.together(lambda: lock("--retro-work-dir", work.path) if distributed.rank() == 0 else None)
-    return file or contextlib.nullcontext()
+    try:
+        yield
+    finally:
+        if file:
+            file.close()
+            if is_new and [inside.name for inside in work.path.iterdir()] == [".lock"]:
+                remove(work.path)
 
 
 def _use_cores() -> None:

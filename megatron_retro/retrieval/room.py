@@ -123,7 +123,7 @@ class Need:
     def _counted(self) -> dict[str, Counts]:
         """What each corpus holds, in order."""
         work = self._work
-        if work.has("chunks"):
+        if work.has("chunks") and work.has("corpus"):
             chunks, corpora = work.facts("chunks")["corpora"], work.facts("corpus")["corpora"]
             return {
                 counted["name"]: Counts(counted["documents"], entry["tokens"], counted["chunks"])
