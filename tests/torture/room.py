@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 from conftest import build, stdlib_texts, write_jsonl
 from launch import _be_program, _server
+
 from torture.preprocessing import write_tiny_embedder
 from torture.training import SHAPE, make_work
 from torture.trees import difference, tree
