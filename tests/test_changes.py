@@ -302,3 +302,16 @@ def test_a_refused_change_does_not_stand_in_the_way(work, texts, tmp_path):
     assert not (work / NEXT).exists()
     build(work, "--retro-tasks", "add-documents", "--input", str(write_jsonl(tmp_path / "good.jsonl", texts[30:32])))
     assert WorkDir(work).facts("chunks")["documents"] == 32
+
+
+def test_what_a_crash_left_behind_an_end_is_removed(work, texts, tmp_path):
+    """Killed after the change took effect, before its parts and notes were gone: asked again, it finishes that."""
+    more = write_jsonl(tmp_path / "second.jsonl", texts[30:32])
+    build(work, "--retro-tasks", "add-documents", "--input", str(more))
+    before = snapshot(work)
+    (work / "corpus" / "second.parts").mkdir()
+    (work / "unfinished").mkdir()
+    (work / "unfinished" / "neighbors.0.jsonl").touch()
+    build(work, "--retro-tasks", "add-documents", "--input", str(more))
+    assert snapshot(work) == before
+    assert not (work / "corpus" / "second.parts").exists() and not (work / "unfinished").exists()

@@ -247,9 +247,10 @@ def test_a_work_dir_is_needed() -> None:
 def test_the_stage_that_is_not_finished_is_named(small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=r"nowhere holds no manifest\.json"):
         run(tmp_path / "nowhere", "--output", str(tmp_path / "report"))
-    manifest = json.loads((small_work / "manifest.json").read_text())
-    del manifest["stages"]["neighbors"]
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    unfinished, work = WorkDir(tmp_path), WorkDir(small_work)
+    unfinished.manifest = {**work.manifest, "stages": {**work.manifest["stages"]}}
+    del unfinished.manifest["stages"]["neighbors"]
+    unfinished.write()
     with pytest.raises(UserError, match="'neighbors' is not finished; run tools/preprocess_retro_data"):
         run(tmp_path, "--output", str(tmp_path / "report"))
     assert not (tmp_path / "report").exists()

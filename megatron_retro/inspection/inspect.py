@@ -21,8 +21,7 @@ def inspect(config: InspectConfig) -> None:
         raise UserError(
             f"--retro-work-dir {work.path} holds no manifest.json; tools/preprocess_retro_data.py builds one"
         )
-    for stage in STAGES:
-        work.facts(stage)
+    work.verify(STAGES)
     if config.page.output:
         _write_page(work, pathlib.Path(config.page.output), config.page.max_chunks, config.page.seed)
     if config.query.query is not None:

@@ -70,6 +70,8 @@ def _begin(task: str, work: WorkDir, after: WorkDir, config: PreprocessConfig) -
                 f"or remove {work.path / NEXT} to drop it"
             )
         return
+    remove_parts(work)  # what a crash right behind the end of the change before has left
+    work.tidy()
     if task == "compact" and not described["what"] and _is_compact(work):
         _remove_obsolete(work)  # what a crash right behind its end has left
     if not (described["what"] or (task == "compact" and _obsolete(work))):
