@@ -32,7 +32,7 @@ _BEAT = 1.0  # seconds between two records
 _SOON = 3.0  # so long silent is gone, where a connection to somebody broke
 _GRACE = 3.0  # for others to come to a rank's error by themselves
 _LINGER = 2.0  # until all have read a verdict: who leaves first breaks connections of those that have not
-_LAST = 6.0  # rank 0, which may hold the store, waits so long for the others to leave
+_LAST = 12.0  # rank 0, which may hold the store, waits so long for the others to leave
 
 RUNS, LOST, FAILED, LEFT, ENDED = "runs", "lost", "failed", "left", "ended"
 _DONE = (FAILED, LEFT, ENDED)

@@ -527,7 +527,7 @@ def test_another_database_may_be_searched_by_words(
     other.write()
     shutil.rmtree(other.directory("neighbors"))
     build(other.path, "--retro-tasks", "query-neighbors")
-    database = OtherDatabase(str(other.path), WorkDir(small_work))
+    database = OtherDatabase.open(str(other.path), WorkDir(small_work))
     table = ChunkTable.open(other)
     chunks = table.chunks_of(table.documents_in("valid", (80, 10, 10)))
     assert (database.neighbors(table, chunks) == NeighborTable(WorkDir(other.path)).ids(chunks)).all()
@@ -551,7 +551,7 @@ def test_another_database_must_be_alike(
     work, other = WorkDir(small_work), work
     monkeypatch.setattr("megatron_retro.evaluation.other.WorkDir", lambda path: other)
     with pytest.raises(UserError, match=rf"--also-db .*: {message}, that of --retro-work-dir .* is (?!other)"):
-        OtherDatabase(str(small_work), work)
+        OtherDatabase.open(str(small_work), work)
 
 
 # ------------------------------------------------------------------------------------------------ the harness

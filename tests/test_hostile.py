@@ -27,7 +27,7 @@ import zstandard
 from conftest import stdlib_texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from launch import ROOT
+from launch import ROOT, run_forked
 from test_chunks import write_dataset
 from test_lexical import table_of
 from test_tokenizer import hugging_face
@@ -37,7 +37,6 @@ from megatron_retro.config.generation import GenerateConfig
 from megatron_retro.config.preprocessing import PreprocessConfig
 from megatron_retro.config.training import PretrainConfig
 from megatron_retro.data import documents, tokenizer
-from megatron_retro.data import tokenize as tokenize_module
 from megatron_retro.data.chunks import ChunkTable, Corpus
 from megatron_retro.data.documents import BadRecord, Source
 from megatron_retro.data.tokenize import write_part
@@ -305,7 +304,7 @@ def in_limited_memory(act: Callable[[], object], megabytes: int) -> bool:
 
 
 def test_a_document_of_millions_of_tokens_takes_little_more_memory_than_its_text(
-    valid: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    valid: Any, tmp_path: pathlib.Path
 ) -> None:
     """With many examples: ten million tokens."""
     opened, num_tokens = Tokenizer.open(valid["SentencePiece"][0]), 10_000_000 if EXAMPLES >= 1000 else 1_500_000
@@ -314,16 +313,13 @@ def test_a_document_of_millions_of_tokens_takes_little_more_memory_than_its_text
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": text}) + "\n")
 
-    def tokenize() -> None:
-        write_part(tmp_path / "a", list(Source.find(str(path)).records("text")), opened, "text", strict=True)
-
     megabytes = 50 + 10 * len(text) // 1_000_000
-    assert in_limited_memory(tokenize, megabytes)
+    worker = ["tests/tokenize_worker.py", valid["SentencePiece"][0], path, tmp_path / "a", megabytes]
+    run_forked(*worker, tokenizer.PIECE)
     counts = json.loads((tmp_path / "a.json").read_text())
     assert counts["documents"] == 1 and counts["tokens"] > num_tokens
-    monkeypatch.setattr(tokenizer, "PIECE", 1 << 40)
-    monkeypatch.setattr(tokenize_module, "PIECE", 1 << 40)
-    assert not in_limited_memory(tokenize, megabytes)  # all at once does not fit
+    with pytest.raises(AssertionError, match=r"exit code (3|-6)\n"):  # all at once does not fit; C++ aborts
+        run_forked(*worker, 1 << 40)
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.zst", ".txt"])
