@@ -75,7 +75,7 @@ def _end_with(said: str, code: int) -> None:
 def _leave(code: int) -> None:
     """End at once: threads of a process group would now and then abort, or hang, the interpreter's own shutdown.
 
-    Its first step is still taken, for helper processes (megatron-core's, of a save) end there: orphans would keep this
+    Its first step is still taken, for helper processes (that read samples ahead) end there: orphans would keep this
     program's output open, and whoever reads it waiting.
     """
     atexit._run_exitfuncs()

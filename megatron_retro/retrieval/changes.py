@@ -190,8 +190,10 @@ def _obsolete(work: WorkDir) -> list[pathlib.Path]:
     """Data files that no record names; damaged ones that were set aside are kept."""
     named = {name for record in work.manifest["stages"].values() for name in record["files"]}
     places = [place for stage in STAGES[1:] for place in work.path.glob(f"{stage}*") if place.is_dir()]
-    files = [file for place in places for file in place.rglob("*") if file.is_file() and file.suffix != ".damaged"]
-    return sorted(file for file in files if str(file.relative_to(work.path)) not in named)
+    files = [
+        (file, str(file.relative_to(work.path))) for place in places for file in place.rglob("*") if file.is_file()
+    ]
+    return sorted(file for file, name in files if name not in named and ".damaged" not in name)
 
 
 # ------------------------------------------------------------------------------------------------ add, remove
