@@ -315,3 +315,10 @@ def test_what_a_crash_left_behind_an_end_is_removed(work, texts, tmp_path):
     build(work, "--retro-tasks", "add-documents", "--input", str(more))
     assert snapshot(work) == before
     assert not (work / "corpus" / "second.parts").exists() and not (work / "unfinished").exists()
+
+
+def test_what_was_set_aside_is_never_superseded(work):
+    place = WorkDir(work).directory("embeddings") / "first"
+    for name in ("0-100.npy.damaged", "0-100.npy.damaged2", "9-10.npy"):
+        (place / name).touch()
+    assert changes._obsolete(WorkDir(work)) == [place / "9-10.npy"]
