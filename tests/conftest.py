@@ -1,13 +1,15 @@
 """Fixtures that several test files share: real text, one small work dir built from it, a model trained on that."""
 
+import contextlib
 import fcntl
 import functools
 import json
 import os
 import pathlib
+import resource
 import shutil
 import unittest.mock
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -57,6 +59,17 @@ def build(work: pathlib.Path, *arguments: str) -> None:
 
     with unittest.mock.patch.object(embedding, "fastest_dtype", _measured_once):
         preprocess(parse(PreprocessConfig, ["--retro-work-dir", str(work), *arguments]))
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """No file of this process can become larger than so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def unfinish(work: Any, *stages: str) -> Any:

@@ -92,6 +92,21 @@ class LeftAlone:
         finally:
             self.kill()
 
+    def wait_for_all(self, seconds: float = SECONDS, seconds_apart: float = 60) -> list[tuple[int, float]]:
+        """Exit code and end (`time.time()`) of each rank; killed (-9) is who has not ended so long after a failure."""
+        ends: dict[int, tuple[int, float]] = {}
+        latest = time.time() + seconds
+        while len(ends) < len(self._processes) and time.time() < latest:
+            running = {process.sentinel: rank for rank, process in enumerate(self._processes) if rank not in ends}
+            for sentinel in multiprocessing.connection.wait(list(running), timeout=latest - time.time()):
+                process = self._processes[running[sentinel]]
+                process.join()
+                ends[running[sentinel]] = process.exitcode, time.time()
+                if process.exitcode:
+                    latest = min(latest, time.time() + seconds_apart)
+        self.kill()
+        return [ends.get(rank, (-9, time.time())) for rank in range(len(self._processes))]
+
     def kill(self) -> None:
         for process in self._processes:
             process.kill()

@@ -1,13 +1,11 @@
 """Disk: told before it is taken, within a tenth; refused where it does not fit."""
 
 import collections
-import contextlib
 import gzip
 import os
 import pathlib
 import random
 import re
-import resource
 import shutil
 
 import faiss
@@ -15,7 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import SMALL, TRAINING, build, stdlib_texts, unfinish, write_jsonl
+from conftest import SMALL, TRAINING, build, files_of_at_most, stdlib_texts, unfinish, write_jsonl
 from launch import run_forked
 
 from megatron_retro import storage
@@ -149,16 +147,6 @@ def test_checkpoints_that_cannot_fit(tmp_path, monkeypatch):
         checkpoint_room.check(str(tmp_path / "save"), 6_000_000, 1)
     assert checkpoint_room.check(str(tmp_path / "save"), 4_000_000, 1).endswith(" has 5 MB free")
     assert "not enough for the 2 that" in checkpoint_room.check(str(tmp_path / "save"), 4_000_000, 2)
-
-
-@contextlib.contextmanager
-def files_of_at_most(num_bytes):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def index_of(number):

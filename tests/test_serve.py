@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import files_of_at_most
 from launch import ROOT, command, environment, run_forked
 from test_inspect import INJECTED, PATIENCE, browser, needs_chromium  # noqa: F401 - browser is a fixture
 
@@ -181,6 +182,25 @@ def test_a_journal_is_replayed(retriever: LiveRetriever, tmp_path: pathlib.Path)
     assert [json.loads(line)["document"] for line in path.read_text().splitlines()] == [
         "notes:0", "notes:1", "notes:1", own, "notes:2",
     ]  # fmt: skip
+
+
+def test_a_journal_that_the_disk_refuses(retriever: LiveRetriever, tmp_path: pathlib.Path) -> None:
+    """Nothing is changed, neither in the file nor in what is answered; with room it goes on."""
+    path = tmp_path / "notes.jsonl"
+    journal = Journal(str(path))
+    live = LiveDatabase(retriever, journal)
+    live.add([SONG])
+    before, found = path.read_bytes(), live.search([SONG], 2)[1]
+    for num_bytes in (len(before), len(before) + 100):  # the second: in the middle of the first line
+        with files_of_at_most(num_bytes), pytest.raises(OSError, match="File too large"):
+            live.add([SONG * 3, "Another one."])
+        with files_of_at_most(len(before) + 10), pytest.raises(OSError, match="File too large"):
+            live.remove(["notes:0"])
+        assert path.read_bytes() == before and (live.added, live.removed) == (["notes:0"], [])
+        np.testing.assert_array_equal(live.search([SONG], 2)[1], found)
+    assert live.add(["Another one."]) == ["notes:1"]
+    journal.close()
+    assert len(Journal(str(path)).changes) == 2
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,16 @@ import time
 from torture.trials import Result, say
 
 # Campaign -> how many trials; each is a module here with `campaign(folder, count, only) -> Result`.
-CAMPAIGNS = {"preprocessing": 170, "training": 64, "layouts": 100, "corruption": 1000, "deaths": 72, "slurm": 2}
+CAMPAIGNS = {
+    "preprocessing": 170,
+    "training": 64,
+    "layouts": 100,
+    "corruption": 1000,
+    "room": 60,
+    "deaths": 72,
+    "slurm": 2,
+    "hostile": 300,
+}
 
 
 def main() -> None:

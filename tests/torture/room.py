@@ -1,139 +1,150 @@
 """Disks that fill up, and limits on a file's size, anywhere in preprocessing and inside saves of training.
 
 A trial runs a program on a disk of some size (a tmpfs, where this process may mount one) or under RLIMIT_FSIZE. What
-does not fit must end every rank within ten seconds with one line and leave no temporary file and nothing half-done;
-with room, the same command must end with the same bytes.
+does not fit must end every rank within ten seconds with one line and leave no temporary file; with room, the same
+command must keep what was finished and end as an undisturbed run does.
 """
 
 import contextlib
 import functools
-import multiprocessing.connection
 import pathlib
 import re
-import socket
+import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 
-from conftest import build, stdlib_texts, write_jsonl
-from launch import _be_program, _server
+from conftest import stdlib_texts, write_jsonl
+from launch import LeftAlone
 
+from megatron_retro.config.preprocessing import TASKS
 from torture.preprocessing import write_tiny_embedder
 from torture.training import SHAPE, make_work
-from torture.trees import difference, tree
-from torture.trials import Lost, Result, run_trials, seeds
+from torture.trees import checkpoint_hashes, difference, tree
+from torture.trials import Lost, Result, run_trials, seeds, telling
 
-_SECONDS_TO_LEAVE, _SECONDS = 10, 300
-_LEAST_LIMIT = 20_000  # bytes; what the programs print goes to files, too
+_SECONDS_TO_LEAVE = 10
+_LEAST_LIMIT = 4000  # bytes; what the programs print goes to files, too
 
 
 def campaign(folder: pathlib.Path, count: int, only: int | None) -> Result:
-    """Sizes are spread over all that make a difference, programs, ranks and means alternate."""
-    numbers, found = seeds(count, only), []
-    trial = functools.partial(_trial, folder, count, found)
-    _preprocessed(folder), make_work(folder)  # before trials run side by side
-    failures = run_trials("room", numbers, trial)
+    """Sizes are spread over all that make a difference; programs, ranks and means alternate."""
+    numbers, found = seeds(count, only), list[float]()
+    material = Material(folder)
+    failures = run_trials("room", numbers, lambda number, place: _trial(material, count, found, number, place))
     return Result(
-        "A full disk or a limit on files ends every rank within ten seconds in one line; nothing finished is lost, "
-        "and with room the same command finishes",
-        "tmpfs and RLIMIT_FSIZE of every size, preprocessing and saves of training, 1 and 2 ranks",
-        f"{len(numbers)} runs",
+        "A full disk or a limit on files ends every rank within ten seconds with one line; what was finished stays as "
+        "it is, nothing half-done is left, and with room the same command finishes, with the same bytes.",
+        "A tmpfs or RLIMIT_FSIZE of every size, under preprocessing and training with saves, at 1 and 2 ranks."
+        if _may_mount()
+        else "RLIMIT_FSIZE of every size, under preprocessing and training with saves, at 1 and 2 ranks.",
+        f"{len(numbers)} runs, {len(found)} refused",
         failures,
-        f"{len(found)} of them found the disk full",
+        f"all ranks ended within {max(found, default=0):.1f} s",
     )
 
 
-def _trial(folder: pathlib.Path, count: int, found: list, number: int, place: pathlib.Path) -> None:
+class Material:
+    """What the programs work on, and what undisturbed runs leave."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        write_jsonl(folder / "room.jsonl", stdlib_texts(60))
+        write_tiny_embedder(folder / "room-embedder")
+        self.trained_on = make_work(folder)
+        self.begun = [folder / "begun"]  # work dirs with ever more stages
+        self.begun[0].mkdir()
+        for task in TASKS:
+            self.begun.append(shutil.copytree(self.begun[-1], folder / f"after-{task}"))
+            self._run([*self.program(self.begun[-1], trains=False), "--retro-tasks", task], 1)
+        self.work = tree(self.begun[-1])
+        self.trained = [folder / f"trained-{ranks}" for ranks in (1, 2)]
+        for ranks, save in enumerate(self.trained, 1):
+            self._run(self.program(save, trains=True), ranks)
+        self.saved = [checkpoint_hashes(save / "iter_0000002") for save in self.trained]
+
+    def _run(self, command: list[object], ranks: int) -> None:
+        with tempfile.TemporaryDirectory() as place:
+            if _run(pathlib.Path(place), 0, command, ranks) is not None:
+                raise Lost("the disk here is full")
+
+    def program(self, place: pathlib.Path, trains: bool) -> list[object]:
+        """What writes into `place`."""
+        if trains:
+            flags = ["--retro-work-dir", self.trained_on, "--retro-add-retriever", *SHAPE, "--train-iters", 2]
+            return ["pretrain_retro.py", *flags, "--save-interval", 1, "--save", place, "--load", place]
+        input = ["--input", self.folder / "room.jsonl", "--retro-embedder", self.folder / "room-embedder"]
+        size = ["--vocab-size", 600, "--retro-block-size", 100, "--retro-index-str", "IVF16,RaBitQ"]
+        more = ["--retro-retriever", "hybrid"]
+        return ["tools/preprocess_retro_data.py", "--retro-work-dir", place, *input, *size, *more]
+
+
+def _trial(material: Material, count: int, found: list[float], number: int, place: pathlib.Path) -> None:
     trains, ranks, is_disk = bool(number & 1), 1 + (number >> 1 & 1), bool(number >> 2 & 1) and _may_mount()
-    share = (number + 0.5) / count
-    with _disk(place / "disk", None if not is_disk else _most(folder, trains) * share) as disk:
-        limit = 0 if is_disk else round(_LEAST_LIMIT * (_largest(folder, trains) * 1.1 / _LEAST_LIMIT) ** share)
-        command = _training(folder, disk / "save") if trains else _preprocessing(folder, disk / "work")
-        if _run(["tests/limited.py", limit, *command], ranks):
-            found.append(number)
-            left = [file for file in disk.rglob("*") if re.search(r"\.(tmp|partial)", file.name)]
-            if left:
-                raise Lost(f"temporary files are left: {left}")
+    begun = material.begun[0 if trains else (number >> 3) % len(TASKS)]
+    whole = material.trained[ranks - 1] if trains else material.begun[-1]
+    share = (number * 37 % count + 0.5) / count
+    here, more = sum(_pages(begun)) * 4096, (sum(_pages(whole)) - sum(_pages(begun))) * 4096
+    num_bytes = round(here + share * 1.1 * more) if is_disk else 0
+    limit = 0 if is_disk else round(_LEAST_LIMIT * (4096 * 1.1 * max(_pages(whole)) / _LEAST_LIMIT) ** share)
+    what = "training" if trains else f"preprocessing from {begun.name}"
+    told = [f"{what} at {ranks} ranks, a disk of {num_bytes} bytes, a limit of {limit}"]
+    with telling(told), _disk(place / "disk", num_bytes) as disk:
+        output = shutil.copytree(begun, disk / "output")
+        command = material.program(output, trains)
+        before: dict[str, str] = {}
+        refused = _run(place / "first", limit, command, ranks)
+        if refused is not None:
+            found.append(refused[1])
+            told.append(refused[0])
+            before = tree(output)
+            if left := [name for name in before if _is_temporary(name)]:
+                raise Lost(f"left behind: {left}")
         if is_disk:
             subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
-        before = tree(disk)
-        if _run(command, ranks):
+        if _run(place / "second", 0, command, ranks) is not None:
             raise Lost("with room it does not finish")
-        after = tree(disk)
-        if not trains:
-            if lost := difference(after, _preprocessed(folder)):
-                raise Lost(f"it is not what an undisturbed run makes: {lost}")
-        elif not any("iter_0000002/" in name for name in after):
-            raise Lost(f"no checkpoint: {sorted(before)} … {sorted(after)}")
+        after = tree(output)
+        kept = {name: hash for name, hash in before.items() if not _GROWS.match(name)}
+        if lost := difference({name: after.get(name) for name in kept}, kept):
+            raise Lost(f"what was finished did not stay: {lost}")
+        expected = material.saved[ranks - 1] if trains else material.work
+        if lost := difference(checkpoint_hashes(output / "iter_0000002") if trains else after, expected):
+            raise Lost(f"it is not what an undisturbed run makes: {lost}")
 
 
-def _run(command: list[object], ranks: int) -> bool:
-    """Whether it was refused; every rank must then leave soon, with exit code 2, and one line."""
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-        free.close()
-        processes = []
-        for rank in range(ranks):
-            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            more = {**places, "MASTER_ADDR": "localhost", "MASTER_PORT": port} if ranks > 1 else {}
-            given = (folder, {name: str(value) for name, value in more.items()}, [str(word) for word in command])
-            processes.append(_server().Process(target=_be_program, args=given))
-        for process in processes:
-            process.start()
-        multiprocessing.connection.wait([process.sentinel for process in processes], timeout=_SECONDS)
-        end = time.monotonic() + (_SECONDS_TO_LEAVE if any(process.exitcode for process in processes) else _SECONDS)
-        for process in processes:
-            process.join(max(0, end - time.monotonic()))
-        codes = [process.exitcode for process in processes]
-        for process in processes:
-            process.kill()
-            process.join()
-        text = "".join((pathlib.Path(folder) / name).read_text(errors="replace") for name in ("stdout", "stderr"))
+# What changes as a run goes on.
+_GROWS = re.compile(r"manifest(\.copy)?\.json|unfinished|corpus/[^/]*\.parts|metrics\.jsonl|latest|\.lock")
+
+
+def _is_temporary(name: str) -> bool:
+    return bool(re.search(r"\.(tmp|partial|damaged)", name))
+
+
+def _pages(directory: pathlib.Path) -> list[int]:
+    """Of each file, and one more: there may be none."""
+    return [1, *(-(-file.stat().st_size // 4096) for file in directory.rglob("*") if file.is_file())]
+
+
+def _run(folder: pathlib.Path, limit: int, command: list[object], ranks: int) -> tuple[str, float] | None:
+    """What a run was refused with, and how many seconds later its last rank ended; None where it was not.
+
+    Raises:
+        Lost: it did not end on every rank in time, with exit code 2, and one line.
+    """
+    run = LeftAlone(folder, "tests/limited.py", limit, *command, ranks=ranks)
+    ends = run.wait_for_all()
+    codes, text = [code for code, _ in ends], "".join(map(run.printed, range(ranks)))
     if set(codes) == {0}:
-        return False
+        return None
     lines = [line for line in text.splitlines() if ": error: " in line]
-    if set(codes) != {2} or "Traceback" in text or len(lines) != 1 or "make room" not in lines[0]:
-        raise Lost(f"exit codes {codes}\n{text[-3000:]}")
-    return True
-
-
-# ------------------------------------------------------------------------------------------------ what is run
-
-
-def _preprocessing(folder: pathlib.Path, work: pathlib.Path) -> list[object]:
-    documents, embedder = folder / "room.jsonl", folder / "room-embedder"
-    size = ["--vocab-size", 600, "--retro-block-size", 100, "--retro-index-str", "IVF16,RaBitQ"]
-    input = ["--input", documents, "--retro-embedder", embedder, "--retro-retriever", "hybrid"]
-    return ["tools/preprocess_retro_data.py", "--retro-work-dir", work, *input, *size]
-
-
-def _training(folder: pathlib.Path, save: pathlib.Path) -> list[object]:
-    flags = ["--retro-work-dir", make_work(folder), "--retro-add-retriever", *SHAPE]
-    return ["pretrain_retro.py", *flags, "--train-iters", 2, "--save-interval", 1, "--save", save, "--load", save]
-
-
-@functools.cache
-def _preprocessed(folder: pathlib.Path) -> dict[str, str]:
-    """What an undisturbed run makes, by file."""
-    write_jsonl(folder / "room.jsonl", stdlib_texts(60))
-    write_tiny_embedder(folder / "room-embedder")
-    build(folder / "whole" / "work", *map(str, _preprocessing(folder, folder)[3:]))
-    return tree(folder / "whole")
-
-
-def _most(folder: pathlib.Path, trains: bool) -> int:
-    """Bytes of a disk on which everything fits."""
-    if trains:
-        return 3_000_000
-    return 2 * sum(file.stat().st_size for file in (folder / "whole").rglob("*") if file.is_file())
-
-
-def _largest(folder: pathlib.Path, trains: bool) -> int:
-    if trains:
-        return 1_000_000
-    return max(file.stat().st_size for file in (folder / "whole").rglob("*") if file.is_file())
+    times = [float(time) for time in re.findall(r"^refused at (\S+)$", text, re.M)]
+    if set(codes) != {2} or "Traceback" in text or len(lines) != 1 or "make room" not in lines[0] or not times:
+        raise Lost(f"exit codes {codes}\n{text[-5000:]}")
+    seconds = max(end for _, end in ends) - min(times)
+    if seconds > _SECONDS_TO_LEAVE:
+        raise Lost(f"the last rank ended {seconds:.0f} s after the first was refused\n{text[-5000:]}")
+    return lines[0], seconds
 
 
 # ------------------------------------------------------------------------------------------------ disks
@@ -147,15 +158,13 @@ def _may_mount() -> bool:
 
 
 @contextlib.contextmanager
-def _disk(place: pathlib.Path, num_bytes: float | None) -> Iterator[pathlib.Path]:
-    """A directory; a small disk of its own where a size is given."""
+def _disk(place: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
+    """A directory; a disk of its own where a size is given."""
     place.mkdir()
-    if num_bytes is None:
+    if not num_bytes:
         yield place
         return
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={max(4096, round(num_bytes))}", "tmpfs", str(place)], check=True
-    )
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(place)], check=True)
     try:
         yield place
     finally:
