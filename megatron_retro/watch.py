@@ -210,9 +210,14 @@ class Watch:
         self.set_state(FAILED, error, code)
         if self._rank == 0:
             self._wait(lambda: self._roster.all_are(_DONE), _LAST)
+            self._wait(lambda: self._roster.all_are((LEFT, ENDED)), _LINGER)  # they know that this rank ends
             return True
         self._wait(lambda: self._posted == self._state, _LINGER)
-        return self._wait(lambda: self._roster.all_are(_DONE), _GRACE + 2 * _BEAT)
+        if not self._wait(lambda: self._roster.all_are(_DONE), _GRACE + 2 * _BEAT):
+            return False
+        self.set_state(LEFT, error, code)
+        self._wait(lambda: self._posted == self._state, _LINGER)
+        return True
 
     def close(self) -> None:
         self._ended = self._state[0] != FAILED
@@ -241,13 +246,13 @@ class Watch:
         try:
             while True:
                 self._post()
+                if self._rank and self._state == self._posted and self._state[0] in (LEFT, ENDED):
+                    return  # the store may go now
                 answers = self._store.multi_get(keys)
                 self._unanswered = 0.0
                 self._roster.update(answers[: len(self._roster)], clock.seconds(), must_progress=self.must_progress)
                 if not self._is_final:
                     self._judge(answers[-1])
-                if self._ended and self._rank and self._posted == self._state:
-                    return  # the store may go now
                 self._wake.wait(_BEAT)
                 self._wake.clear()
         except RuntimeError:  # torch's errors of the network

@@ -1,5 +1,6 @@
 """Ranks that stop, die, fail, hang or are slow: every other one ends, in time, with a line that names the rank."""
 
+import concurrent.futures
 import json
 import pathlib
 import re
@@ -14,7 +15,7 @@ from test_preprocess import copy_without
 from test_training import flags
 
 from megatron_retro.training.stragglers import Straggler, slowest
-from megatron_retro.watch import FAILED, GONE, LOST, RUNS, STUCK, Roster, say
+from megatron_retro.watch import FAILED, GONE, LOST, RUNS, STUCK, Roster, Watch, say
 
 WORKER = ROOT / "tests" / "watch_worker.py"
 TIMEOUT = ("--distributed-timeout-minutes", 0.1)
@@ -143,6 +144,42 @@ def record(state: str, beats: int, place: str = "iteration 1", **more: object) -
 
 def read(roster: Roster, *records: bytes, seconds: float = 1.0, must_progress: bool = False) -> None:
     roster.update(records, seconds, must_progress=must_progress)
+
+
+class Store:
+    """Stands in for torch's, of which each rank has a connection, until its holder has ended."""
+
+    def __init__(self, values: dict[str, bytes], seconds: float = 0.0):
+        self.values, self.seconds, self.refused = values, seconds, 0
+
+    def set(self, key: str, value: str) -> None:
+        self._check()
+        self.values[key] = value.encode()
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        self._check()
+        answers = [self.values.get(key, b"") for key in keys]
+        time.sleep(self.seconds)
+        return answers
+
+    def _check(self) -> None:
+        if "closed" in self.values:
+            self.refused += 1
+            raise RuntimeError("Connection reset by peer")
+
+
+def test_ranks_that_fail_at_once_all_hear_of_each_other() -> None:
+    """Rank 0, whose end is the end of the store, goes last: another one would not know that it need say nothing."""
+    values: dict[str, bytes] = {}
+    stores = [Store(values), Store(values, seconds=0.4)]
+    first, second = (Watch(store, rank, 2, 60.0, "rank 0") for rank, store in enumerate(stores))
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        heard = threads.submit(second.leave_with, "the disk is full", 2)
+        while b"failed" not in values.get("watch/1", b""):
+            time.sleep(0.01)
+        first.leave_with("the disk is full", 2)
+        values["closed"] = b""
+        assert heard.result() and not stores[1].refused
 
 
 def test_silence_is_judged_by_the_timeout_and_soon_after_a_lost_connection() -> None:
