@@ -64,7 +64,7 @@ class WorkDir:
     def on_rank_0(self, act: Callable[[], Any]) -> None:
         """Let rank 0 act while the others wait; then all read the manifest again. Every rank calls it."""
         distributed.together(lambda: act() if distributed.rank() == 0 else None)
-        self.reload()
+        distributed.together(self.reload)  # before rank 0 writes the next one
 
     @property
     def is_next(self) -> bool:

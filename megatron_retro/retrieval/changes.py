@@ -40,8 +40,7 @@ def change(work: WorkDir, config: PreprocessConfig) -> None:
     work.facts("neighbors")
     after = WorkDir(work.path, NEXT)
     is_new = not distributed.together((work.path / NEXT).exists)
-    work.on_rank_0(lambda: _begin(task, work, after, config))
-    after.reload()
+    after.on_rank_0(lambda: _begin(task, work, after, config))
     if not (work.path / NEXT).exists():
         return
     try:
@@ -241,8 +240,7 @@ def _purge(work: WorkDir, after: WorkDir, config: PreprocessConfig) -> None:
     """Write everything again without the removed documents; nothing is computed anew but the index's shards."""
     old = distributed.together(lambda: ChunkTable.open(work))
     if not after.has("corpus"):
-        work.on_rank_0(lambda: _purge_corpora(work, after, old))
-        after.reload()
+        after.on_rank_0(lambda: _purge_corpora(work, after, old))
     _check_room(work, after, config, {})
     if not after.has("chunks"):
         stages.build_chunks(after, config)

@@ -167,7 +167,7 @@ def kill_and_go_on(material: Material, step: str, kills: list[Kill], seed: int, 
 def finished_blocks(outcome: Outcome) -> set[str]:
     """Blocks, of any stage, that a launch has given their names."""
     files = [event.second for event in outcome.events[: -1 if outcome.killed else None] if event.kind == "rename"]
-    found = [_BLOCK.search(file) for file in files]
+    found = [_BLOCK.search(file) for file in files if ".partial/" not in file]  # a file in there is part of a whole
     return {match[1] for match in found if match}
 
 
