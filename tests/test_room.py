@@ -7,6 +7,7 @@ import pathlib
 import random
 import re
 import shutil
+import subprocess
 
 import faiss
 import numpy as np
@@ -24,6 +25,7 @@ from megatron_retro.data.tokenizer import Tokenizer
 from megatron_retro.errors import UserError
 from megatron_retro.retrieval import embedding, room
 from megatron_retro.retrieval.index import write_index
+from megatron_retro.retrieval.journal import Journal
 from megatron_retro.training import room as checkpoint_room
 from megatron_retro.workdir import WorkDir
 
@@ -180,6 +182,30 @@ def test_no_writer_leaves_half_a_file(tmp_path, name):
     with files_of_at_most(size):
         write(path, 2)
     assert path.read_bytes() != before[name] and len(list(tmp_path.iterdir())) == len(before)
+
+
+def test_a_disk_that_cannot_be_written_to(tmp_path):
+    """One line, from whatever comes to it first; what is there stays."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this user may not mount disks")
+    try:
+        for name, write in WRITERS.items():
+            write(disk / name, 1)
+        before = {file.name: file.read_bytes() for file in disk.iterdir()}
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for name, write in WRITERS.items():
+            with pytest.raises(
+                UserError, match=rf"{disk}/\S+ cannot be written \(Read-only file system\); mend the disk"
+            ):
+                write(disk / name, 2)
+        for begin in (lambda: storage.check_writable("--save", disk / "new"), lambda: Journal(str(disk / "a.jsonl"))):
+            with pytest.raises(UserError, match=r"cannot be written to \(Read-only file system\); give another"):
+                begin()
+        assert {file.name: file.read_bytes() for file in disk.iterdir()} == before
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_large_sources_are_told_by_a_sample(small_work, tmp_path, monkeypatch):

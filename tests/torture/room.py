@@ -21,7 +21,7 @@ from megatron_retro.config.preprocessing import TASKS
 from torture.preprocessing import write_tiny_embedder
 from torture.training import SHAPE, make_work
 from torture.trees import checkpoint_hashes, difference, tree
-from torture.trials import Lost, Result, run_trials, seeds, telling
+from torture.trials import Lost, Result, run_trials, say, seeds, telling
 
 _SECONDS_TO_LEAVE = 10
 _LEAST_LIMIT = 4000  # bytes; what the programs print goes to files, too
@@ -29,18 +29,21 @@ _LEAST_LIMIT = 4000  # bytes; what the programs print goes to files, too
 
 def campaign(folder: pathlib.Path, count: int, only: int | None) -> Result:
     """Sizes are spread over all that make a difference; programs, ranks and means alternate."""
-    numbers, found = seeds(count, only), list[float]()
+    numbers, found = seeds(count, only), list[tuple[str, float]]()
     material = Material(folder)
     failures = run_trials("room", numbers, lambda number, place: _trial(material, count, found, number, place))
+    files = re.findall(r"\S+(?= cannot be written)", "\n".join(line for line, _ in found))
+    kinds = sorted({re.sub(r"\d+", "0", file.partition("/disk/output/")[2]) for file in files})
+    say(f"room: refused were {', '.join(kinds)}")
     return Result(
         "A full disk or a limit on files ends every rank within ten seconds with one line; what was finished stays as "
         "it is, nothing half-done is left, and with room the same command finishes, with the same bytes.",
         "A tmpfs or RLIMIT_FSIZE of every size, under preprocessing and training with saves, at 1 and 2 ranks."
         if _may_mount()
         else "RLIMIT_FSIZE of every size, under preprocessing and training with saves, at 1 and 2 ranks.",
-        f"{len(numbers)} runs, {len(found)} refused",
+        f"{len(numbers)} runs, {len(found)} refused, at {len(kinds)} kinds of file",
         failures,
-        f"all ranks ended within {max(found, default=0):.1f} s",
+        f"all ranks ended within {max([seconds for _, seconds in found], default=0):.1f} s",
     )
 
 
@@ -79,7 +82,7 @@ class Material:
         return ["tools/preprocess_retro_data.py", "--retro-work-dir", place, *input, *size, *more]
 
 
-def _trial(material: Material, count: int, found: list[float], number: int, place: pathlib.Path) -> None:
+def _trial(material: Material, count: int, found: list[tuple[str, float]], number: int, place: pathlib.Path) -> None:
     trains, ranks, is_disk = bool(number & 1), 1 + (number >> 1 & 1), bool(number >> 2 & 1) and _may_mount()
     begun = material.begun[0 if trains else (number >> 3) % len(TASKS)]
     whole = material.trained[ranks - 1] if trains else material.begun[-1]
@@ -95,7 +98,7 @@ def _trial(material: Material, count: int, found: list[float], number: int, plac
         before: dict[str, str] = {}
         refused = _run(place / "first", limit, command, ranks)
         if refused is not None:
-            found.append(refused[1])
+            found.append(refused)
             told.append(refused[0])
             before = tree(output)
             if left := [name for name in before if _is_temporary(name)]:

@@ -1,6 +1,5 @@
 """Training on two nodes of a SLURM cluster that ends its jobs early: what is requeued ends as if nothing had been."""
 
-import json
 import os
 import pathlib
 import signal
@@ -8,7 +7,7 @@ import signal
 from cluster import Cluster
 from launch import ROOT, run_forked
 
-from torture.training import make_work
+from torture.training import make_work, metrics_lines
 from torture.trials import Result, run_trials, seeds
 
 SMALL = (
@@ -46,13 +45,15 @@ def requeued_training(folder: pathlib.Path, work: pathlib.Path, *, times: int, i
 
 
 def _figures(save: pathlib.Path) -> dict[int, tuple]:
-    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
-    return {line["iteration"]: (line["lm_loss"], line["grad_norm"], line["learning_rate"]) for line in lines}
+    return {
+        line["iteration"]: (line["lm_loss"], line["grad_norm"], line["learning_rate"])
+        for line in metrics_lines(save)
+        if "lm_loss" in line  # others name stragglers
+    }
 
 
 def _last_iteration(save: pathlib.Path) -> int:
-    file = save / "metrics.jsonl"
-    return max(_figures(save), default=0) if file.exists() else 0
+    return max(_figures(save), default=0)
 
 
 def campaign(folder: pathlib.Path, count: int, only: int | None = None) -> Result:
