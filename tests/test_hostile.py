@@ -280,6 +280,12 @@ def test_any_bytes_are_read_or_refused(name: str, valid: Any, tmp_path: pathlib.
     check()
 
 
+def test_what_faiss_reads_as_no_index_at_all(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.faiss").write_bytes(b"null")
+    with pytest.raises(UserError, match=r"a\.faiss is not a FAISS index"):
+        read_index(tmp_path / "a.faiss", 8)
+
+
 # ------------------------------------------------------------------------------------------------ memory
 
 

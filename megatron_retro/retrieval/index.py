@@ -189,6 +189,8 @@ def read_index(path: pathlib.Path, width: int, *, mapped: bool = False) -> Any:
                 if set_limit and path.exists():
                     set_limit(max(path.stat().st_size, 1 << 16))
             index = faiss.read_index(str(path), flags)
+            if index is None:  # FAISS has a name for that
+                raise RuntimeError("it holds none")
     except (RuntimeError, MemoryError) as error:  # a damaged size may ask for more than there is
         raise UserError(f"{path} is not a FAISS index ({_reason(error)}); restore it from a backup") from None
     if index.d != width:

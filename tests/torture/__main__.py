@@ -21,10 +21,10 @@ CAMPAIGNS = {
     "training": 64,
     "layouts": 100,
     "corruption": 1000,
-    "room": 60,
+    "room": 96,
     "deaths": 72,
     "slurm": 2,
-    "hostile": 300,
+    "hostile": 1000,
 }
 
 

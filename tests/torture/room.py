@@ -24,11 +24,11 @@ from torture.trees import checkpoint_hashes, difference, tree
 from torture.trials import Lost, Result, run_trials, say, seeds, telling
 
 _SECONDS_TO_LEAVE = 10
-_LEAST_LIMIT = 4000  # bytes; what the programs print goes to files, too
+_LEAST_LIMIT = 2000  # bytes; what the programs print goes to files, too
 
 
 def campaign(folder: pathlib.Path, count: int, only: int | None) -> Result:
-    """Sizes are spread over all that make a difference; programs, ranks and means alternate."""
+    """Programs, ranks, means and stages alternate; sizes are spread over what a stage needs, or are next to none."""
     numbers, found = seeds(count, only), list[tuple[str, float]]()
     material = Material(folder)
     failures = run_trials("room", numbers, lambda number, place: _trial(material, count, found, number, place))
@@ -38,9 +38,9 @@ def campaign(folder: pathlib.Path, count: int, only: int | None) -> Result:
     return Result(
         "A full disk or a limit on files ends every rank within ten seconds with one line; what was finished stays as "
         "it is, nothing half-done is left, and with room the same command finishes, with the same bytes.",
-        "A tmpfs or RLIMIT_FSIZE of every size, under preprocessing and training with saves, at 1 and 2 ranks."
+        "A tmpfs or RLIMIT_FSIZE of any size, from each stage of preprocessing on and under saves, at 1 and 2 ranks."
         if _may_mount()
-        else "RLIMIT_FSIZE of every size, under preprocessing and training with saves, at 1 and 2 ranks.",
+        else "RLIMIT_FSIZE of any size, from each stage of preprocessing on and under saves, at 1 and 2 ranks.",
         f"{len(numbers)} runs, {len(found)} refused, at {len(kinds)} kinds of file",
         failures,
         f"all ranks ended within {max([seconds for _, seconds in found], default=0):.1f} s",
@@ -84,12 +84,14 @@ class Material:
 
 def _trial(material: Material, count: int, found: list[tuple[str, float]], number: int, place: pathlib.Path) -> None:
     trains, ranks, is_disk = bool(number & 1), 1 + (number >> 1 & 1), bool(number >> 2 & 1) and _may_mount()
-    begun = material.begun[0 if trains else (number >> 3) % len(TASKS)]
-    whole = material.trained[ranks - 1] if trains else material.begun[-1]
+    stage, nearly_full = (number >> 3) % len(TASKS), (number >> 3) // len(TASKS) % 2
+    begun = material.begun[0 if trains else stage]
+    done = material.trained[ranks - 1] if trains else material.begun[stage + 1]
     share = (number * 37 % count + 0.5) / count
-    here, more = sum(_pages(begun)) * 4096, (sum(_pages(whole)) - sum(_pages(begun))) * 4096
-    num_bytes = round(here + share * 1.1 * more) if is_disk else 0
-    limit = 0 if is_disk else round(_LEAST_LIMIT * (4096 * 1.1 * max(_pages(whole)) / _LEAST_LIMIT) ** share)
+    here, most = 4096 * sum(_pages(begun)), 4096 * sum(_pages(done))
+    room = 4096 * (stage // 2) if nearly_full else round(share * 1.1 * (most - here))
+    num_bytes = here + room if is_disk else 0
+    limit = 0 if is_disk else round(_LEAST_LIMIT * (4096 * 1.1 * max(_pages(done)) / _LEAST_LIMIT) ** share)
     what = "training" if trains else f"preprocessing from {begun.name}"
     told = [f"{what} at {ranks} ranks, a disk of {num_bytes} bytes, a limit of {limit}"]
     with telling(told), _disk(place / "disk", num_bytes) as disk:
