@@ -25,6 +25,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,8 @@ from megatron_retro.reading import parse_json
 STAGES = ("tokenizer", "corpus", "chunks", "embeddings", "index", "neighbors")
 FORMAT_VERSION = 3
 NEXT = "manifest.next.json"
-_COPY = "manifest.copy.json"
+COPY = "manifest.copy.json"
+BACKUP = "restore it from a backup"
 
 
 class WorkDir:
@@ -79,22 +81,25 @@ class WorkDir:
         """Write the manifest (by one rank)."""
         storage.write_sealed(self.path / self._manifest_name, self.manifest)
         if not self.is_next:
-            storage.write_sealed(self.path / _COPY, self.manifest)
+            storage.write_sealed(self.path / COPY, self.manifest)
 
     def publish(self) -> None:
         """Let this manifest take the place of `manifest.json` (by one rank)."""
         os.replace(self.path / self._manifest_name, self.path / "manifest.json")
         storage.sync(self.path)
-        storage.write_sealed(self.path / _COPY, self.manifest)
+        storage.write_sealed(self.path / COPY, self.manifest)
+
+    def has_copy(self) -> bool:
+        """Whether the manifest's copy is the same."""
+        try:
+            return storage.read_sealed(self.path / COPY) == self.manifest
+        except (ValueError, OSError):
+            return False
 
     def renew_copy(self) -> None:
         """Make the manifest's copy the same, where a crash came between the two (by one rank)."""
-        try:
-            is_same = storage.read_sealed(self.path / _COPY) == self.manifest
-        except (ValueError, OSError):
-            is_same = False
-        if not is_same and (self.path / "manifest.json").exists():
-            storage.write_sealed(self.path / _COPY, self.manifest)
+        if not self.has_copy() and (self.path / "manifest.json").exists():
+            storage.write_sealed(self.path / COPY, self.manifest)
 
     def directory(self, stage: str) -> pathlib.Path:
         """Where the files of a stage lie."""
@@ -171,7 +176,7 @@ class WorkDir:
         for name, was in self.damaged(stages):
             raise UserError(
                 f"--retro-work-dir {self.path}: file {name} was {was} when it was recorded, is now "
-                f"{storage.found(self.path / name)}; {self.way_out(name)}"
+                f"{storage.found(self.path / name)}; {self._way_out(name)}"
             )
 
     def damaged(
@@ -195,11 +200,16 @@ class WorkDir:
     def _is_same(self, name: str, recorded: str, advance: storage.Advance) -> bool:
         return storage.is_same(self.path / name, recorded, full=self.full, advance=advance)
 
-    def way_out(self, name: str) -> str:
-        """What repairs a damaged file, by its name in the manifest."""
+    def repair(self, name: str) -> str:
+        """What repairs a damaged file, by its name in the manifest: a command, or `BACKUP`."""
         if pathlib.Path(name).is_absolute():
-            return "restore it from a backup"
-        return f"tools/preprocess_retro_data.py --retro-work-dir {self.path} --verify-data full makes it again"
+            return BACKUP
+        program = ["python", "tools/preprocess_retro_data.py"]
+        return shlex.join([*program, "--retro-work-dir", str(self.path), "--verify-data", "full"])
+
+    def _way_out(self, name: str) -> str:
+        repair = self.repair(name)
+        return repair if repair == BACKUP else f"{repair} makes it again"
 
     def set_damaged_aside(self, damaged: list[tuple[str, str]]) -> None:
         """Set damaged files aside, and their stages back to unfinished (by one rank).
@@ -211,7 +221,7 @@ class WorkDir:
             if pathlib.Path(name).is_absolute():
                 raise UserError(
                     f"{name} was {was} when --retro-work-dir {self.path} was made, is now "
-                    f"{storage.found(pathlib.Path(name))}; {self.way_out(name)}"
+                    f"{storage.found(pathlib.Path(name))}; {self._way_out(name)}"
                 )
         names = {name for name, _ in damaged}
         for stage in STAGES:
@@ -324,7 +334,7 @@ def _version(file: pathlib.Path) -> Any:
 
 
 def _way_out(file: pathlib.Path) -> str:
-    copy = file.with_name(_COPY)
+    copy = file.with_name(COPY)
     try:
         storage.read_sealed(copy)
     except (ValueError, OSError):

@@ -354,3 +354,20 @@ def test_data_path_forms(small_work: pathlib.Path) -> None:
             corpus_weights(table, wrong)
     check_split("80,10,10", (80.0, 10.0, 10.0))
     assert os.path.exists(small_work)
+
+
+def test_a_used_save_directory_is_gone_on_with_or_refused(
+    whole: pathlib.Path, small_work: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """At half the batch and another learning rate: what is left is read, and flags win over the checkpoint."""
+    save = from_the_middle(whole, tmp_path)
+    (save / "iter_0000002.partial").mkdir()
+    assert f"--save {save} holds checkpoints of another run, up to iter_0000003; give --load" in refused(
+        run_forked(*flags(small_work, "--save", save), expect=2)
+    )
+    assert not (save / "metrics.jsonl").exists()
+    same = ["--load", save, "--save", save, "--global-batch-size", 2, "--lr", 1e-3, "--lr-decay-style", "constant"]
+    run_forked(*flags(small_work, *same, "--train-iters", 8))
+    assert metrics(save, "learning_rate") == {number: 1e-3 for number in range(4, 9)}
+    assert metrics(save, "consumed_samples")[8] == 4 * SAVED + 2 * 5
+    assert not (save / "iter_0000002.partial").exists()

@@ -77,7 +77,10 @@ def last_words(bad: str, policy: str, in_a_row: int, save: str | None) -> str:
         return f"{bad}; it is the last of {in_a_row} bad steps in a row; {state}; look at the data, or lower --lr"
     if policy == "rewind":
         return f"{bad}, and there is no checkpoint yet to rewind to; {state}; --on-bad-step skip goes on behind it"
-    return f"{bad}; no update was made and {state}; --on-bad-step skip or rewind goes on with the samples behind it"
+    return (
+        f"{bad}; no update was made and {state}; --on-bad-step skip or rewind goes on with the samples behind it; "
+        "where steps stay bad, lower --lr and go back with --ckpt-step"
+    )
 
 
 def report(directory: str | None, iteration: int, step: Step, samples: Samples, ids: np.ndarray) -> str:

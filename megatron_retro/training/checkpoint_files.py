@@ -105,9 +105,13 @@ def damaged(path: pathlib.Path, advance: storage.Advance = lambda num_bytes: Non
 
 def set_newer_aside(path: pathlib.Path) -> None:
     """Give other names to the checkpoints that are newer than one that a run goes back to."""
-    for newer in complete(path.parent) if distributed.rank() == 0 else []:
-        if iteration_of(newer) > iteration_of(path):
-            storage.set_aside(newer, "old")
+    if distributed.rank():
+        return
+    newer = [other for other in complete(path.parent) if iteration_of(other) > iteration_of(path)]
+    for other in newer:
+        storage.set_aside(other, "old")
+    if newer:
+        _point_to(path)
 
 
 # ------------------------------------------------------------------------------------------------ saving
@@ -139,12 +143,24 @@ def publish(final: pathlib.Path, partial: pathlib.Path, prints: dict[str, str]) 
     storage.write_sealed(partial / "manifest.json", {"files": prints})
     os.rename(partial, final)
     storage.sync(final.parent)
-    latest = f"{iteration_of(final)}\n".encode()
-    storage.write_atomically(final.parent / LATEST, lambda file: file.write(latest))
+    _point_to(final)
+
+
+def remove_partial(root: pathlib.Path) -> None:
+    """Remove what crashes inside saves have left (by one rank, that no other run saves beside)."""
+    for partial in root.glob("iter_*.partial"):
+        storage.remove(partial)
+
+
+def _point_to(path: pathlib.Path) -> None:
+    latest = f"{iteration_of(path)}\n".encode()
+    storage.write_atomically(path.parent / LATEST, lambda file: file.write(latest))
 
 
 def recorded_files(path: pathlib.Path) -> dict[str, str]:
     """Name -> fingerprint of each file."""
+    if not (path / "manifest.json").exists():
+        raise UserError(f"checkpoint {path} holds no manifest.json: it is none of this version, or not complete")
     try:
         recorded = storage.read_sealed(path / "manifest.json")["files"]
     except (ValueError, KeyError, OSError) as error:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_retro import distributed, mcore
 from megatron_retro.config import flags
-from megatron_retro.config.training import PretrainConfig
+from megatron_retro.config.training import PretrainConfig, RunConfig
 from megatron_retro.data.samples import Samples
 from megatron_retro.errors import UserError
 from megatron_retro.model.flops import multiply_adds
@@ -52,6 +52,7 @@ def train(config: PretrainConfig, started: float) -> None:
     for flag, directory in (("--save", run.save), ("--tensorboard-dir", run.tensorboard_dir)):
         if directory:
             distributed.together(functools.partial(check_writable, flag, pathlib.Path(directory)))
+    distributed.together(functools.partial(_check_checkpoints, run))
 
     # ---- data
     assert config.retro.retro_work_dir and config.model.seq_length
@@ -63,7 +64,6 @@ def train(config: PretrainConfig, started: float) -> None:
     config.finish_with_data(_samples(config, data, "train", None).epoch_size)
     optimization = config.optimization
     assert optimization.train_iters is not None and optimization.global_batch_size and optimization.lr
-    train_samples = _samples(config, data, "train", max(1, optimization.train_iters * optimization.global_batch_size))
     valid_samples = None
     if run.eval_iters and data.num_chunks("valid"):
         valid_samples = _samples(config, data, "valid", None)
@@ -79,6 +79,8 @@ def train(config: PretrainConfig, started: float) -> None:
     # ---- resume
     save_directory = pathlib.Path(run.save) if run.save and distributed.rank() == 0 else None
     held = distributed.together(lambda: lock("--save", save_directory) if save_directory else None)
+    if save_directory:
+        checkpoint_files.remove_partial(save_directory)
     log = RunLog(run.save, run.tensorboard_dir, optimization.train_iters)
     iteration = consumed_samples = 0
     newest, saved_iteration = None, -1  # the checkpoint loaded or saved last; what --save holds
@@ -87,6 +89,7 @@ def train(config: PretrainConfig, started: float) -> None:
         state = checkpoint.read_state(found)
         checkpoint.check_same_run(state, config, vocab_size, chunk_length, data.digest)
         mcore.load_state(model, optimizer, str(found))
+        _use_learning_rates(optimizer, config)
         if run.load == run.save:
             distributed.together(functools.partial(checkpoint_files.set_newer_aside, found))
         iteration, consumed_samples = state.iteration, state.consumed_samples
@@ -95,12 +98,14 @@ def train(config: PretrainConfig, started: float) -> None:
         watch = bad_steps.LossWatch(losses, state.bad_in_a_row)
         schedule.step(increment=consumed_samples)
         log.say(f"resumed from {found}, {consumed_samples:,} samples read")
+    num_updates = max(0, optimization.train_iters - iteration)
+    num_samples = consumed_samples + num_updates * optimization.global_batch_size
+    train_samples = _samples(config, data, "train", max(1, num_samples))
     log.say(_description(config, data, model, train_samples))
     if run.save:
-        left = optimization.train_iters - iteration
         every = run.save_interval or optimization.train_iters
         num_saves = optimization.train_iters // every - iteration // every + (optimization.train_iters % every > 0)
-        log.say(room.check(run.save, mcore.checkpoint_bytes(model, optimizer), num_saves if left > 0 else 0))
+        log.say(room.check(run.save, mcore.checkpoint_bytes(model, optimizer), num_saves if num_updates else 0))
     if run.eval_iters and valid_samples is None:
         log.say("the valid split is empty: no evaluation")
 
@@ -166,6 +171,7 @@ def train(config: PretrainConfig, started: float) -> None:
             checkpoint_files.verify(newest)
             state = checkpoint.read_state(newest)
             mcore.load_state(model, optimizer, str(newest))
+            _use_learning_rates(optimizer, config)
             watch = bad_steps.LossWatch(state.losses, watch.in_a_row)
             log.say(f"weights and optimizer are those of {newest} again")
 
@@ -225,7 +231,8 @@ def train(config: PretrainConfig, started: float) -> None:
             logged_iteration = iteration
         if (run.eval_interval and iteration % run.eval_interval == 0) or last:
             evaluate()
-        if run.save and ((run.save_interval and iteration % run.save_interval == 0) or last or why_exit):
+        is_saved = run.save_interval and iteration % run.save_interval == 0 and not watch.in_a_row
+        if run.save and (is_saved or last or why_exit):
             save()
         if why_exit:
             log.say(f"exiting after iteration {iteration} as asked by {why_exit}")
@@ -301,6 +308,27 @@ def _why_exit(step: Step, exit_interval: int | None, steps_done: int) -> str | N
     if step.out_of_time:
         return "--exit-duration-in-mins"
     return "--exit-interval" if exit_interval is not None and steps_done >= exit_interval else None
+
+
+def _check_checkpoints(run: RunConfig) -> None:
+    """Refuse what is wrong with --load and --save, before anything is written.
+
+    Raises:
+        UserError: names the flag and the ways out.
+    """
+    if run.load:
+        checkpoint_files.find(run.load, run.ckpt_step)
+    if run.save and run.load != run.save and (there := checkpoint_files.complete(pathlib.Path(run.save))):
+        raise UserError(
+            f"--save {run.save} holds checkpoints of another run, up to {there[0].name}; give --load {run.save} as "
+            "well to go on from there, or another directory"
+        )
+
+
+def _use_learning_rates(optimizer: Any, config: PretrainConfig) -> None:
+    """Those of the flags, in place of those of a checkpoint that was loaded."""
+    for group in optimizer.param_groups:
+        group["max_lr"], group["min_lr"] = config.optimization.lr, config.optimization.min_lr
 
 
 def _checkpoint(config: PretrainConfig) -> Any:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import pathlib
+import shlex
 
 from megatron_retro import distributed, storage
 from megatron_retro.config.verification import VerifyConfig
 from megatron_retro.errors import UserError
 from megatron_retro.retrieval.progress import Progress, say
 from megatron_retro.training import checkpoint_files
-from megatron_retro.workdir import STAGES, WorkDir
+from megatron_retro.workdir import BACKUP, COPY, STAGES, WorkDir
 
 
 @dataclasses.dataclass
@@ -55,13 +56,16 @@ def _work_dir(path: str) -> list[Damage]:
     with Progress(f"verify {path}", sum(sizes), "bytes", together=True) as progress:
         damaged = work.damaged(stages, _of_all_ranks(progress))
     say(f"{path}: {len(sizes):,} files, {sum(sizes):,} bytes, {_told(len(damaged))}")
-    for stage in set(STAGES) - set(stages):
-        say(f"{path}: the stage {stage!r} is not finished")
-    repair = f"python tools/preprocess_retro_data.py --retro-work-dir {path} --verify-data full"
-    return [
-        Damage(str(work.path / name), was, storage.found(work.path / name), repair if _is_inside(name) else _BACKUP)
-        for name, was in damaged
-    ]
+    for stage in STAGES:
+        if not work.has(stage):
+            say(f"{path}: the stage {stage!r} is not finished")
+    places = [(work.path / name, was, work.repair(name)) for name, was in damaged]
+    damages = [Damage(str(place), was, storage.found(place), repair) for place, was, repair in places]
+    if not work.has_copy():
+        copy, manifest = work.path / COPY, work.path / "manifest.json"
+        mend = shlex.join(["cp", str(manifest), str(copy)])
+        damages.append(Damage(str(copy), storage.fingerprint(manifest), storage.found(copy), mend))
+    return damages
 
 
 def _checkpoints(path: pathlib.Path) -> list[Damage]:
@@ -83,21 +87,16 @@ def _checkpoint(path: pathlib.Path) -> list[Damage]:
     return [Damage(str(path / name), was, storage.found(path / name), _way_back(path)) for name, was in damaged]
 
 
-_BACKUP = "restore it from a backup"
-
-
 def _way_back(path: pathlib.Path) -> str:
-    older = [other for other in checkpoint_files.complete(path.parent) if other.name < path.name]
-    return f"mv {path} {path}.damaged, and the run goes on from {older[0].name}" if older else _BACKUP
+    number = checkpoint_files.iteration_of(path)
+    older = [other for other in checkpoint_files.complete(path.parent) if checkpoint_files.iteration_of(other) < number]
+    aside = shlex.join(["mv", str(path), f"{path}.damaged"])
+    return f"{aside}\n  then      the run goes on from {older[0].name}" if older else BACKUP
 
 
 def _of_all_ranks(progress: Progress) -> storage.Advance:
     """Every rank reads about as much."""
     return lambda num_bytes: progress.advance(num_bytes * distributed.world_size())
-
-
-def _is_inside(name: str) -> bool:
-    return not pathlib.Path(name).is_absolute()
 
 
 def _size(print_: str) -> int:
