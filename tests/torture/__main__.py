@@ -24,7 +24,7 @@ CAMPAIGNS = {
     "room": 96,
     "deaths": 72,
     "slurm": 2,
-    "hostile": 1000,
+    "hostile": 300,
 }
 
 

@@ -31,7 +31,7 @@ def campaign(folder: pathlib.Path, count: int, only: int | None = None) -> Resul
         "Whatever a file's bytes are, its reader counts and skips what is no good or ends in one line, in memory that "
         "does not grow with the file, and never runs code from it.",
         "Random bytes, spliced pieces and mutations of valid files (hypothesis) for every reader; documents of "
-        "10 million tokens and endless lines under RLIMIT_AS; pickles, YAML tags, indices that point outside.",
+        "1.5 million tokens and endless lines under RLIMIT_AS; pickles, YAML tags, indices that point outside.",
         f"{len(readers)} readers × {count} files",
         failures,
     )
