@@ -313,7 +313,7 @@ def test_a_document_of_millions_of_tokens_takes_little_more_memory_than_its_text
     valid: Any, tmp_path: pathlib.Path
 ) -> None:
     """With many examples: ten million tokens."""
-    opened, num_tokens = Tokenizer.open(valid["SentencePiece"][0]), 10_000_000 if EXAMPLES >= 1000 else 1_500_000
+    opened, num_tokens = Tokenizer.open(valid["SentencePiece"][0]), 10_000_000 if EXAMPLES >= 300 else 1_500_000
     text = "".join(stdlib_texts(50, 20_000))
     text *= num_tokens // len(opened.encode([text])[0]) + 1
     path = tmp_path / "a.jsonl"

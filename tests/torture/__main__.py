@@ -25,6 +25,7 @@ CAMPAIGNS = {
     "deaths": 72,
     "slurm": 2,
     "hostile": 300,
+    "steps": 1,
 }
 
 
