@@ -319,7 +319,7 @@ def test_a_document_of_millions_of_tokens_takes_little_more_memory_than_its_text
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": text}) + "\n")
 
-    megabytes = 50 + 10 * len(text) // 1_000_000
+    megabytes = 50 + 25 * len(text) // 1_000_000
     worker = ["tests/tokenize_worker.py", valid["SentencePiece"][0], path, tmp_path / "a", megabytes]
     run_forked(*worker, tokenizer.PIECE)
     counts = json.loads((tmp_path / "a.json").read_text())
