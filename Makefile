@@ -1,6 +1,6 @@
 # make quickstart   the whole way on real text: documents, work dir, training, resuming, evaluation (ten minutes)
 # make test         all tests
-# make torture      kills, power cuts, other layouts, damaged files: the table of docs/reliability.md (half an hour)
+# make torture      kills, power cuts, other layouts, damaged files, full disks: the table of docs/reliability.md (45 min)
 # make check        format, lint, types, shell scripts
 # make docs-check   every command in README.md and docs/ parses, every file they name exists
 # make format       rewrite the sources as `make check` wants them
