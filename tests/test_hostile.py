@@ -54,7 +54,7 @@ from megatron_retro.retrieval.neighbors import NeighborTable
 from megatron_retro.training import checkpoint
 from megatron_retro.workdir import WorkDir
 
-EXAMPLES = int(os.environ.get("RETRO_FUZZ_EXAMPLES", "50"))
+EXAMPLES = int(os.environ.get("RETRO_FUZZ_EXAMPLES", "25"))
 fuzz = settings(
     max_examples=EXAMPLES,
     derandomize=True,

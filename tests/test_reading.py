@@ -11,7 +11,7 @@ from megatron_retro.model.model import RetroModel
 from megatron_retro.training.evaluation import sample_losses
 from megatron_retro.training.step import train_step
 
-CHUNK, CHUNKS, VOCAB, STEPS, BATCH = 8, 8, 32, 70, 16
+CHUNK, CHUNKS, VOCAB, STEPS, BATCH = 8, 8, 32, 50, 16
 
 
 class Twins:

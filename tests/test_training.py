@@ -6,12 +6,10 @@ import pathlib
 import re
 import shlex
 import shutil
-import signal
-import subprocess
 
 import numpy as np
 import pytest
-from launch import ROOT, command, environment, run, run_forked
+from launch import run, run_forked
 
 from megatron_retro.config.flags import parse
 from megatron_retro.config.training import PretrainConfig
@@ -149,19 +147,6 @@ def test_distributed_optimizer_resumed(small_work: pathlib.Path, tmp_path: pathl
 def test_optimizer_of_the_other_kind_is_refused(whole: pathlib.Path, small_work: pathlib.Path) -> None:
     line = refused(run_forked(*flags(small_work, "--load", whole, "--use-distributed-optimizer"), expect=2))
     assert "--use-distributed-optimizer is False in the checkpoint, True in this run" in line
-
-
-def test_sigterm_saves_and_exits(small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    arguments = flags(small_work, "--save", tmp_path, "--train-iters", 100000, "--eval-iters", 0)
-    process = subprocess.Popen(command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    next(line for line in process.stdout if "iteration 1/" in line)
-    process.send_signal(signal.SIGTERM)
-    rest = process.stdout.read()
-    assert process.wait() == 0
-    saved = (tmp_path / "latest_checkpointed_iteration.txt").read_text().strip()
-    assert f"exiting after iteration {saved}" in rest
-    assert (tmp_path / f"iter_{int(saved):07d}" / "run.json").exists()
 
 
 def test_all_ranks_exit_after_the_same_step(small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:
