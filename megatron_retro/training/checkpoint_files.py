@@ -104,14 +104,13 @@ def damaged(path: pathlib.Path, advance: storage.Advance = lambda num_bytes: Non
 
 
 def set_newer_aside(path: pathlib.Path) -> None:
-    """Give other names to the checkpoints that are newer than one that a run goes back to."""
+    """Point to the checkpoint that a run goes on from, and give newer ones other names."""
     if distributed.rank():
         return
     newer = [other for other in complete(path.parent) if iteration_of(other) > iteration_of(path)]
     for other in newer:
         storage.set_aside(other, "old")
-    if newer:
-        _point_to(path)
+    _point_to(path)  # also where a crash came before that
 
 
 # ------------------------------------------------------------------------------------------------ saving
@@ -148,7 +147,7 @@ def publish(final: pathlib.Path, partial: pathlib.Path, prints: dict[str, str]) 
 
 def remove_partial(root: pathlib.Path) -> None:
     """Remove what crashes inside saves have left (by one rank, that no other run saves beside)."""
-    for partial in root.glob("iter_*.partial"):
+    for partial in [*root.glob("iter_*.partial"), root / f"{LATEST}.partial"]:
         storage.remove(partial)
 
 
