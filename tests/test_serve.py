@@ -1,5 +1,6 @@
 """The service: with a real model in a process of its own, and its limits with a stand-in that is slow on purpose."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -290,7 +291,8 @@ def ask(
     """(status, answer, headers)."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     body = content if isinstance(content, (bytes, str)) or content is None else json.dumps(content)
-    connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    with contextlib.suppress(BrokenPipeError):  # refused by its head: the answer is there before the body is sent
+        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
     response = connection.getresponse()
     text = response.read()
     connection.close()
