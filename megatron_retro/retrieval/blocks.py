@@ -17,6 +17,8 @@ from megatron_retro.reading import load_array
 from megatron_retro.retrieval.progress import Progress
 from megatron_retro.workdir import WorkDir
 
+_QUERIES_AT_ONCE = 32_768
+
 Advance = Callable[[int], None]  # told how many units of work were done
 
 
@@ -45,6 +47,15 @@ def auto_block_size(num_chunks: int) -> int:
     """Chunks a block: about 1,000 blocks, within 2,048 (sorting by length pays) and 131,072 (an hour's work)."""
     wanted = max(1, num_chunks // 1000)
     return min(max(2048, 1 << (wanted - 1).bit_length()), 1 << 17)
+
+
+def neighbors_block_size(given: int | None, embedded: int) -> int:
+    """Chunks a block of neighbors: as many as share one pass over the index, or what `--retro-block-size` gave.
+
+    Args:
+        embedded: chunks a block of embeddings.
+    """
+    return given or max(embedded, _QUERIES_AT_ONCE)
 
 
 def plan(work: WorkDir, block_size: int) -> list[Block]:

@@ -11,7 +11,7 @@ from megatron_retro import distributed
 from megatron_retro.config.preprocessing import PreprocessConfig, settle
 from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.retrieval import costs
-from megatron_retro.retrieval.blocks import Advance, make_blocks, plan
+from megatron_retro.retrieval.blocks import Advance, make_blocks, neighbors_block_size, plan
 from megatron_retro.retrieval.database import Database
 from megatron_retro.retrieval.embedding import EmbeddingTable
 from megatron_retro.retrieval.index import Shards
@@ -23,7 +23,6 @@ from megatron_retro.retrieval.stages import open_database, shard_path
 from megatron_retro.storage import save_npy, set_aside
 from megatron_retro.workdir import WorkDir
 
-_CHUNKS_AT_ONCE = 32_768  # queries that share one pass over the index are a block, or more
 ENDINGS = (".distances.npy", ".ids.npy")
 
 
@@ -131,10 +130,8 @@ def _settle(work: WorkDir, config: PreprocessConfig) -> None:
     work.facts("index")
     settle(config, work, "query-neighbors")
     settings = work.settings
-    settings.setdefault(
-        "neighbors_block_size",
-        settings.get("retro_block_size") or max(work.facts("embeddings")["block_size"], _CHUNKS_AT_ONCE),
-    )
+    size = neighbors_block_size(settings.get("retro_block_size"), work.facts("embeddings")["block_size"])
+    settings.setdefault("neighbors_block_size", size)
     work.write()
 
 

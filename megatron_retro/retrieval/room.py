@@ -19,7 +19,7 @@ import numpy as np
 from megatron_retro.config.preprocessing import DEFAULTS, PreprocessConfig, split_weights
 from megatron_retro.data.estimate import Counts, estimate
 from megatron_retro.errors import UserError
-from megatron_retro.retrieval.blocks import Block, auto_block_size
+from megatron_retro.retrieval.blocks import Block, auto_block_size, neighbors_block_size
 from megatron_retro.retrieval.progress import say
 from megatron_retro.workdir import WorkDir
 
@@ -199,6 +199,8 @@ class Need:
         """Blocks of rows by chunk id; `widths` is a file's ending -> bytes a row."""
         size = self._work.settings.get("embedded_block_size") or self._setting("retro_block_size")
         size = size or auto_block_size(self._num_chunks)
+        if stage == "neighbors":
+            size = neighbors_block_size(self._setting("retro_block_size"), size)
         needed = 0.0
         for name, counts in self._corpora.items():
             for begin in range(0, round(counts.chunks), size):

@@ -9,7 +9,8 @@ from megatron_retro.config.verification import VerifyConfig
 from megatron_retro.errors import UserError
 from megatron_retro.retrieval.progress import Progress, say
 from megatron_retro.training import checkpoint_files
-from megatron_retro.workdir import BACKUP, COPY, STAGES, WorkDir
+from megatron_retro.training.data import open_work_dir
+from megatron_retro.workdir import BACKUP, COPY, STAGES
 
 
 @dataclasses.dataclass
@@ -47,9 +48,8 @@ def verify(config: VerifyConfig) -> bool:
 
 
 def _work_dir(path: str) -> list[Damage]:
-    if not (pathlib.Path(path) / "manifest.json").exists():
-        raise UserError(f"--retro-work-dir {path} holds no manifest.json; tools/preprocess_retro_data.py builds one")
-    work = WorkDir(path, full=True)
+    work = open_work_dir(path)
+    work.full = True
     stages = tuple(stage for stage in STAGES if work.has(stage))
     work.check_chain(stages)
     sizes = [_size(print_) for stage in stages for print_ in work.manifest["stages"][stage]["files"].values()]
