@@ -19,6 +19,7 @@ from megatron_retro.retrieval.corpora import open_tokenizer
 from megatron_retro.retrieval.described import describe_neighbors
 from megatron_retro.storage import check_writable, write_atomically
 from megatron_retro.terminal import BOLD, DIM, PLAIN, printable, width
+from megatron_retro.training.data import open_work_dir
 from megatron_retro.workdir import STAGES, WorkDir
 
 _KEPT = "\n\t"  # of the white space in texts
@@ -112,7 +113,7 @@ def open_trained(load: str, work_dir: str, parallel: ParallelConfig) -> tuple[Wo
         timeout_minutes=parallel.distributed_timeout_minutes,
     )
     watch.at("the generation")
-    work = distributed.together(lambda: _open_work_dir(work_dir))
+    work = distributed.together(lambda: open_work_dir(work_dir))
     work.verify(STAGES)
     trained = load_trained(load, parallel)
     table, tokenizer = distributed.together(lambda: (ChunkTable.open(work), open_tokenizer(work)))
@@ -135,12 +136,6 @@ def make_writer(
         reader=reader,
         num_neighbors=num_neighbors,
     )
-
-
-def _open_work_dir(path: str) -> WorkDir:
-    if not (pathlib.Path(path) / "manifest.json").exists():
-        raise UserError(f"--retro-work-dir {path} holds no manifest.json; tools/preprocess_retro_data.py builds one")
-    return WorkDir(path)
 
 
 class Text:
