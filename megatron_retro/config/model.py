@@ -89,10 +89,17 @@ class ModelConfig:
     max_position_embeddings: int | None = flag(None, "longest sequence", show="--seq-length")
     position_embedding_type: str = flag("rope", "positions of the decoder", choices=("rope", "learned_absolute"))
     rotary_base: int = flag(10000, "base period of rotary positions")
+    rotary_percent: float = flag(1.0, "share of a head's width that rotary positions turn")
+    use_rope_scaling: bool = flag(False, "stretch slow rotary positions as Llama 3.1 does")
+    rope_scaling_factor: float = flag(8.0, "of --use-rope-scaling")
     normalization: str = flag("LayerNorm", "normalization", choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = flag(1e-5, "epsilon of the normalization")
     swiglu: bool = flag(False, "SwiGLU in place of GELU")
+    openai_gelu: bool = flag(False, "GELU by its tanh approximation, as GPT-2 has it")
     disable_bias_linear: bool = flag(False, "linear layers without biases")
+    add_qkv_bias: bool = flag(False, "biases of queries, keys and values although --disable-bias-linear, as Qwen2 has")
+    qk_layernorm: bool = flag(False, "normalize each head's queries and keys, as Qwen3 does")
+    use_parallel_residual: bool = flag(False, "the MLP beside self-attention, not behind it, as GPT-NeoX has it")
     untie_embeddings_and_output_weights: bool = flag(False, "an output layer of its own")
     hidden_dropout: float = flag(0.0, "dropout on each residual branch")
     attention_dropout: float = flag(0.0, "dropout on attention weights")
@@ -115,6 +122,13 @@ class ModelConfig:
         at_least(1, self, "kv_channels")
         if self.kv_channels % 2:
             raise UserError(f"--kv-channels is {self.kv_channels}; rotary positions need an even width of a head")
+        if not 0 < self.rotary_percent <= 1 or self.rotary_width < 2 or self.rotary_width % 2:
+            raise UserError(
+                f"--rotary-percent {self.rotary_percent} turns {self.rotary_width} numbers of --kv-channels "
+                f"{self.kv_channels}; they must be even in number, at least 2"
+            )
+        if self.swiglu and self.openai_gelu:
+            raise UserError("--swiglu and --openai-gelu are two activation functions; leave one out")
         if self.ffn_hidden_size is None:
             glu_width = -(-self.hidden_size * 8 // 3 // 64) * 64
             self.ffn_hidden_size = glu_width if self.swiglu else 4 * self.hidden_size
@@ -139,6 +153,11 @@ class ModelConfig:
             raise UserError(
                 f"--max-position-embeddings {self.max_position_embeddings} is less than --seq-length {self.seq_length}"
             )
+
+    @property
+    def rotary_width(self) -> int:
+        """Numbers of a head that rotary positions turn."""
+        return int((self.kv_channels or 0) * self.rotary_percent)
 
 
 @dataclasses.dataclass

@@ -53,8 +53,15 @@ def attend(
 
 
 def rotate(x_TxNxHxE: Tensor, angles_TxNx1xE: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864, eq. 34, halves in place of pairs); angles may have N = 1."""
-    return _Rotation.apply(x_TxNxHxE, angles_TxNx1xE[..., : angles_TxNx1xE.shape[-1] // 2])
+    """Rotary positions (arXiv 2104.09864, eq. 34, halves in place of pairs); angles may have N = 1.
+
+    Where the angles are fewer than E, the heads' last numbers stay as they are.
+    """
+    width, angles = angles_TxNx1xE.shape[-1], angles_TxNx1xE[..., : angles_TxNx1xE.shape[-1] // 2]
+    if width == x_TxNxHxE.shape[-1]:
+        return _Rotation.apply(x_TxNxHxE, angles)
+    turned, rest = x_TxNxHxE.split([width, x_TxNxHxE.shape[-1] - width], -1)
+    return torch.cat((_Rotation.apply(turned, angles), rest), -1)
 
 
 class _Rotation(torch.autograd.Function):

@@ -25,8 +25,9 @@ class RetroDecoder(MegatronModule):
         retro_layers: numbers (from 1, over all stages) of the layers that read neighbors.
         vocab_size: padded vocabulary, for the encoder's embedding.
         chunk_length: C.
-        rotary: whether self-attention has rotary positions.
-        rotary_base: their base period, here and in cross-attention.
+        angles: of rotary positions.
+        rotary: whether self-attention has them; cross-attention always does.
+        parallel_residual: whether each layer's MLP lies beside its self-attention.
         final_norm: whether this is the last stage.
         recompute: what the backward pass makes again.
         seed: of the initial weights.
@@ -41,8 +42,9 @@ class RetroDecoder(MegatronModule):
         retro_layers: tuple[int, ...],
         vocab_size: int,
         chunk_length: int,
+        angles: RotaryEmbedding,
         rotary: bool,
-        rotary_base: int,
+        parallel_residual: bool,
         final_norm: bool,
         recompute: Recompute,
         seed: int,
@@ -51,10 +53,7 @@ class RetroDecoder(MegatronModule):
         super().__init__(config)
         self.first_retro_layer = min(retro_layers, default=0)
         self.retrieved_length = 2 * chunk_length
-        self.angles = RotaryEmbedding(
-            config.kv_channels, 1.0, rotary_base=rotary_base, use_cpu_initialization=config.use_cpu_initialization
-        )
-        self.rotary = rotary
+        self.angles, self.rotary = angles, rotary
         self.layers = LayerStack(config)
         self.encoder: RetroEncoder | None = None
         numbers = layers_of_this_stage(config, vp_stage)
@@ -65,7 +64,16 @@ class RetroDecoder(MegatronModule):
                 with initial_weights(seed, f"cross-attention {number}"):
                     reads = ChunkedCrossAttention(config, encoder_config.hidden_size, chunk_length)
             with initial_weights(seed, f"layer {number}"):
-                self.layers.append(Layer(config, number, causal=True, recompute=recompute, cross_attention=reads))
+                self.layers.append(
+                    Layer(
+                        config,
+                        number,
+                        causal=True,
+                        parallel=parallel_residual,
+                        recompute=recompute,
+                        cross_attention=reads,
+                    )
+                )
         if self.first_retro_layer in numbers:
             assert encoder_config
             self.encoder = RetroEncoder(
@@ -74,7 +82,7 @@ class RetroDecoder(MegatronModule):
                 config.hidden_size,
                 chunk_length,
                 self.retrieved_length,
-                rotary_base,
+                angles,
                 recompute,
                 seed,
             )

@@ -28,7 +28,7 @@ class RetroEncoder(MegatronModule):
         decoder_hidden_size: width of what layer 1 reads.
         chunk_length: C.
         retrieved_length: R.
-        rotary_base: base period of rotary positions.
+        angles: of rotary positions.
         recompute: what the backward pass makes again.
         seed: of the initial weights.
     """
@@ -40,14 +40,12 @@ class RetroEncoder(MegatronModule):
         decoder_hidden_size: int,
         chunk_length: int,
         retrieved_length: int,
-        rotary_base: int,
+        angles: RotaryEmbedding,
         recompute: Recompute,
         seed: int,
     ):
         super().__init__(config)
-        self.angles = RotaryEmbedding(
-            config.kv_channels, 1.0, rotary_base=rotary_base, use_cpu_initialization=config.use_cpu_initialization
-        )
+        self.angles = angles
         with initial_weights(seed, "embedding"):
             self.embedding = LanguageModelEmbedding(config, vocab_size, retrieved_length, "rope")
         with initial_weights(seed, "encoder"):

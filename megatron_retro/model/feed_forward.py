@@ -18,7 +18,7 @@ from megatron_retro.model.recompute import Recompute
 
 
 class FeedForward(MLP):
-    """GELU, or SwiGLU (arXiv 2002.05202, eq. 6), between two linear layers.
+    """GELU in either form, or SwiGLU (arXiv 2002.05202, eq. 6), between two linear layers.
 
     Args:
         recompute: what the backward pass makes again.
@@ -28,7 +28,7 @@ class FeedForward(MLP):
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         super().__init__(config, linears, ffn_hidden_size=config.ffn_hidden_size)
         self._recompute = recompute
-        self._activate = swiglu if config.gated_linear_unit else F.gelu
+        self._activate = swiglu if config.gated_linear_unit else config.activation_func
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[S, N, D] → (output [S, N, D], its bias [D] or None)."""
@@ -37,6 +37,11 @@ class FeedForward(MLP):
         activated = self._activate(inner)
         with self._recompute.kept_as_recipe(activated, lambda: self._activate(inner)):
             return self.linear_fc2(activated)
+
+
+def gelu_by_tanh(x: Tensor) -> Tensor:
+    """GELU's approximation (Hendrycks and Gimpel, arXiv 1606.08415, §2)."""
+    return F.gelu(x, approximate="tanh")
 
 
 def swiglu(x: Tensor) -> Tensor:

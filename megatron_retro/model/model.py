@@ -1,6 +1,7 @@
 """RetroModel: embedding, decoder, output; and what one pipeline stage hands to the next."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from megatron_retro.mcore import (
     LanguageModelEmbedding,
     LanguageModule,
     ModelType,
+    RotaryEmbedding,
     TransformerConfig,
     await_weights,
     initial_weights,
@@ -19,6 +21,7 @@ from megatron_retro.mcore import (
 )
 from megatron_retro.model.attention import Order
 from megatron_retro.model.decoder import RetroDecoder
+from megatron_retro.model.feed_forward import gelu_by_tanh
 from megatron_retro.model.loss import cross_entropy
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.packing import boundary_rows, pack, unpack
@@ -77,9 +80,10 @@ class RetroModel(LanguageModule):
             retro_layers=retro.layers if retro else (),
             vocab_size=vocab_size,
             chunk_length=chunk_length,
+            angles=rotary_positions(model),
             rotary=model.position_embedding_type == "rope",
-            rotary_base=model.rotary_base,
             final_norm=self.post_process,
+            parallel_residual=model.use_parallel_residual,
             recompute=Recompute(parallel.recompute_granularity),
             seed=seed,
             vp_stage=vp_stage,
@@ -239,8 +243,10 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig, plan: StagePlan
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.swiglu,
-        activation_func=torch.nn.functional.silu if model.swiglu else torch.nn.functional.gelu,
+        activation_func=activation(model),
         add_bias_linear=not model.disable_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         init_method_std=model.init_method_std,
@@ -258,6 +264,26 @@ def decoder_config(model: ModelConfig, parallel: ParallelConfig, plan: StagePlan
         calculate_per_token_loss=True,  # the loss is a mean over predicted tokens, wherever they lie
         deallocate_pipeline_outputs=True,
     )
+
+
+def rotary_positions(model: ModelConfig) -> RotaryEmbedding:
+    """The angles of each position, in self-attention (of rotary models) and in cross-attention."""
+    assert model.kv_channels
+    return RotaryEmbedding(
+        model.kv_channels,
+        model.rotary_percent,
+        rotary_base=model.rotary_base,
+        rope_scaling=model.use_rope_scaling,
+        rope_scaling_factor=model.rope_scaling_factor,
+        use_cpu_initialization=True,
+    )
+
+
+def activation(model: ModelConfig) -> Callable[[Tensor], Tensor]:
+    """The MLP's activation function; with SwiGLU that of its gate."""
+    if model.swiglu:
+        return torch.nn.functional.silu
+    return gelu_by_tanh if model.openai_gelu else torch.nn.functional.gelu
 
 
 def encoder_config(model: ModelConfig, retro: RetroConfig, parallel: ParallelConfig) -> TransformerConfig:

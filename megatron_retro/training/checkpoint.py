@@ -100,12 +100,13 @@ def check_same_run(state: RunState, config: PretrainConfig, vocab_size: int, chu
         UserError: names the first differing value, and both.
     """
     ours = flags.to_dict(config)
-    names = [field.name for group in (ModelConfig, RetroConfig) for field in dataclasses.fields(group)]
+    fields = [field for group in (ModelConfig, RetroConfig) for field in dataclasses.fields(group)]
     retrieves = config.active_retro is not None
-    for name in names:
+    for field in fields:
+        name = field.name
         if name in _FREE or (not retrieves and name.startswith("retro_") and name != "retro_add_retriever"):
             continue
-        _same(flags.flag_name(name), state.config.get(name), ours[name])
+        _same(flags.flag_name(name), state.config.get(name, field.default), ours[name])
     distributed_optimizer = "use_distributed_optimizer"  # its state is laid out in a way of its own
     _same(
         flags.flag_name(distributed_optimizer),
