@@ -6,6 +6,7 @@ WORLD_SIZE=N python pretrain_retro.py … --dry-run
 """
 
 import time
+from typing import Any
 
 from megatron_retro.config.flags import parse
 from megatron_retro.config.training import PretrainConfig
@@ -15,7 +16,20 @@ from megatron_retro.errors import exit_on_user_error
 
 def main() -> None:
     started = time.monotonic()
-    config = parse(PretrainConfig, description=(__doc__ or "").splitlines()[0])
+    source: Any = None
+
+    def with_shape(given: dict[str, Any]) -> dict[str, Any]:
+        """The flags of the model to start from, where one is named."""
+        nonlocal source
+        if not given.get("retro_fit_from"):
+            return given
+        from megatron_retro.interop.source import open_source
+        from megatron_retro.training.fit import adopt
+
+        source = open_source("--retro-fit-from", given["retro_fit_from"])
+        return adopt(given, source)
+
+    config = parse(PretrainConfig, description=(__doc__ or "").splitlines()[0], complete=with_shape)
     # What needs torch is imported when the flags are known to be right.
     if config.run.dry_run:
         ranks = world_size(otherwise=config.parallel.ranks_of_a_model)
@@ -26,7 +40,7 @@ def main() -> None:
     config.finish(world_size())
     from megatron_retro.training.loop import train
 
-    train(config, started)
+    train(config, started, source)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 # What megatron-core says on import and in use that its user can do nothing about.
 for _message in (
@@ -592,6 +595,23 @@ def load_state(model: torch.nn.Module, optimizer: Any | None, directory: str) ->
             optimizer.load_state_dict(state["optimizer"])
         mcore_optimizer.separate_steps(optimizer)
         _update_at_once(optimizer)  # whatever the run that saved did
+
+
+def stored_weights(directory: str) -> dict[str, tuple[int, ...]]:
+    """Name -> whole shape of each weight that `save_state` wrote, in the layout of one rank."""
+    stored = FileSystemReader(directory).read_metadata().state_dict_metadata
+    tensors = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    return {name: tuple(entry.size) for name, entry in tensors.items() if not name.startswith("optimizer.")}
+
+
+def stored_weight(directory: str, name: str) -> torch.Tensor:
+    """One of them, whole, on the CPU."""
+    reader = FileSystemReader(directory)
+    entry = reader.read_metadata().state_dict_metadata[name]
+    assert isinstance(entry, TensorStorageMetadata)
+    state: dict[str, Any] = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
+    torch.distributed.checkpoint.load(state, storage_reader=reader, no_dist=True)
+    return state[name]
 
 
 def _sharded_state(model: torch.nn.Module, optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:

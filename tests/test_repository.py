@@ -38,6 +38,7 @@ ARROWS = {
     "retrieval": {"data", "mcore"} | BASE,
     "inspection": {"webpage", "retrieval", "data", "mcore"} | BASE,
     "training": {"model", "data", "retrieval", "mcore"} | BASE,
+    "interop": {"training", "model", "data", "retrieval", "mcore"} | BASE,
     "inference": {"training", "model", "data", "retrieval", "mcore"} | BASE,
     "serving": {"webpage", "inference", "training", "model", "data", "retrieval", "mcore"} | BASE,
     "evaluation": {"webpage", "inference", "training", "model", "data", "retrieval", "mcore"} | BASE,

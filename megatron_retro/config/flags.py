@@ -12,6 +12,7 @@ import pathlib
 import sys
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from megatron_retro.errors import UserError
@@ -33,8 +34,17 @@ def flag(default: Any, help: str, *, choices: tuple[Any, ...] | None = None, man
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, many=many, show=show))
 
 
-def parse(config_class: type[Config], argv: list[str] | None = None, *, description: str = "") -> Config:
+def parse(
+    config_class: type[Config],
+    argv: list[str] | None = None,
+    *,
+    description: str = "",
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: given,
+) -> Config:
     """Parse `argv` (default `sys.argv[1:]`) into an instance of `config_class`.
+
+    Args:
+        complete: of the values that were given, those to take: with more that follow from them.
 
     Raises:
         UserError: an unknown flag or YAML key (the nearest known name is offered) or a value of the wrong type.
@@ -48,7 +58,7 @@ def parse(config_class: type[Config], argv: list[str] | None = None, *, descript
     file = values.pop("config", None)
     given = _read_yaml(file, config_class) if file else {}
     given.update(values)
-    return from_dict(config_class, given)
+    return from_dict(config_class, complete(given))
 
 
 def from_dict(config_class: type[Config], values: dict[str, Any]) -> Config:

@@ -31,6 +31,8 @@ class RetroConfig:
         1.0, "training reads no neighbor that shares a longer run of tokens with its chunk than this share of a chunk"
     )
 
+    retro_freeze_decoder: bool = flag(False, "train encoder and cross-attention alone; other weights stay as they are")
+
     def finish(self, model: "ModelConfig") -> None:
         """Fill in what follows from the decoder; check. Call after `model.finish()`.
 

@@ -56,6 +56,10 @@ class RunConfig:
     save_interval: int | None = flag(None, "updates between checkpoints", show="at the end alone")
     load: str | None = flag(None, "directory to resume from; may equal --save and be empty")
     ckpt_step: int | None = flag(None, "update to resume from", show="the newest")
+    retro_fit_from: str | None = flag(
+        None,
+        "start from the weights of a model: checkpoints of this project, GPT or RETRO, or a Hugging Face directory",
+    )
     eval_interval: int | None = flag(None, "updates between evaluations", show="at the end alone")
     eval_iters: int = flag(10, "global batches an evaluation; 0 turns it off")
     log_interval: int = flag(10, "updates between log lines")
@@ -89,6 +93,11 @@ class PretrainConfig:
         self.retro.finish(self.model)
         self.parallel.finish(world_size, self.model, self.active_retro)
         required(self.retro, retro_work_dir="tools/preprocess_retro_data.py builds one")
+        if self.retro.retro_freeze_decoder and not (self.retro.retro_add_retriever and self.run.retro_fit_from):
+            raise UserError(
+                "--retro-freeze-decoder needs --retro-add-retriever, which adds what is trained, and --retro-fit-from, "
+                "for the weights that stay"
+            )
         if self.run.save_interval and not self.run.save:
             raise UserError(f"--save-interval {self.run.save_interval} needs --save DIR")
         if self.run.on_bad_step == "rewind" and not self.run.save:

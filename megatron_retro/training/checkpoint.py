@@ -129,17 +129,36 @@ def trains_alike(state: RunState, config: PretrainConfig) -> bool:
 
 def model_config_of(state: RunState) -> tuple[ModelConfig, RetroConfig | None]:
     """The finished shape that a checkpoint's weights have."""
-    config = flags.from_dict(_Shape, {name: state.config[name] for name in _shape_names() if name in state.config})
-    config.model.finish()
-    config.retro.finish(config.model)
+    config = shape_of(state.config)
     return config.model, config.retro if config.retro.retro_add_retriever else None
 
 
 @dataclasses.dataclass
-class _Shape:
+class Shape:
+    """A model's flags."""
+
     model: ModelConfig
     retro: RetroConfig
     parallel: ParallelConfig
+
+
+def shape_of(values: dict[str, Any]) -> Shape:
+    """The finished shape that flags name; those that are no model's are passed over."""
+    config = flags.from_dict(Shape, {name: values[name] for name in _shape_names() if name in values})
+    config.model.finish()
+    config.retro.finish(config.model)
+    return config
+
+
+def weight_flags(values: dict[str, Any]) -> dict[str, Any]:
+    """Those of a model's flags that its weights depend on; of a GPT without any of retrieval."""
+    left_out = _FREE | {"make_vocab_size_divisible_by", "retro_freeze_decoder"}
+    if values["position_embedding_type"] != "rope":
+        left_out -= {"max_position_embeddings"}
+    reads = bool(values.get("retro_add_retriever"))
+    names = [name for name in _shape_names() if name in values and name not in left_out]
+    kept = [name for name in names if reads or not name.startswith("retro_") or name == "retro_add_retriever"]
+    return {name: values[name] for name in kept}
 
 
 def _shape_names() -> list[str]:

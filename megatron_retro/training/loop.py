@@ -15,11 +15,12 @@ from megatron_retro.config.training import PretrainConfig, RunConfig
 from megatron_retro.data.samples import Samples
 from megatron_retro.errors import UserError
 from megatron_retro.model.flops import multiply_adds
-from megatron_retro.model.model import padded_vocab_size
+from megatron_retro.model.model import RetroModel, padded_vocab_size
 from megatron_retro.storage import check_writable, lock
-from megatron_retro.training import bad_steps, checkpoint, checkpoint_files, room
+from megatron_retro.training import bad_steps, checkpoint, checkpoint_files, fit, room
 from megatron_retro.training.data import TrainingData, check_split
 from megatron_retro.training.evaluation import sample_losses
+from megatron_retro.training.fit import Source
 from megatron_retro.training.log import RunLog
 from megatron_retro.training.matrix_rate import matrix_rate
 from megatron_retro.training.prefetch import BatchSource, Prefetched
@@ -30,10 +31,11 @@ from megatron_retro.training.timing import StepClock, speed_figures
 from megatron_retro.watch import at, doing, expect_progress
 
 
-def train(config: PretrainConfig, started: float) -> None:
+def train(config: PretrainConfig, started: float, source: Source | None = None) -> None:
     """Train as `config`, finished, says; every rank calls it.
 
     Args:
+        source: weights to start from, where there is no checkpoint to resume from.
         started: when the program was, by `time.monotonic`.
 
     Raises:
@@ -68,24 +70,39 @@ def train(config: PretrainConfig, started: float) -> None:
     if run.eval_iters and data.num_chunks("valid"):
         valid_samples = _samples(config, data, "valid", None)
 
-    # ---- model, optimizer, schedule
-    vocab_size = padded_vocab_size(
-        data.vocab_size, config.model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
-    )
-    chunk_length = data.table.chunk_length
-    model, optimizer = make_model_and_optimizer(config, vocab_size, chunk_length)
-    schedule = _schedule(config, optimizer)
-
-    # ---- resume
+    # ---- where to begin
     save_directory = pathlib.Path(run.save) if run.save and distributed.rank() == 0 else None
     held = distributed.together(lambda: lock("--save", save_directory) if save_directory else None)
     if save_directory:
         checkpoint_files.remove_partial(save_directory)
+    found = _checkpoint(config) if run.load else None
+    chunk_length, known = data.table.chunk_length, data.vocab_size
+    if source:
+        fit.check(source, seq_length=config.model.seq_length, chunk_length=chunk_length, vocab_size=known)
+        distributed.together(functools.partial(source.check_tokenizer, data.tokenizer_digest, data.tokenizer_path))
+        known = source.vocab_size
+
+    # ---- model, optimizer, schedule
+    vocab_size = padded_vocab_size(
+        known, config.model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
+    )
+    fitted: list[str] = []
+
+    def prepare(stages: list[RetroModel]) -> None:
+        if source and not found:
+            fitted.extend(fit.fit(stages, source).lines(source))
+
+    model, optimizer = make_model_and_optimizer(config, vocab_size, chunk_length, prepare)
+    schedule = _schedule(config, optimizer)
+
+    # ---- resume
     log = RunLog(run.save, run.tensorboard_dir, optimization.train_iters)
     iteration = consumed_samples = 0
     newest, saved_iteration = None, -1  # the checkpoint loaded or saved last; what --save holds
     watch = bad_steps.LossWatch([], 0)
-    if run.load and (found := _checkpoint(config)):
+    for line in fitted:
+        log.say(line)
+    if found:
         state = checkpoint.read_state(found)
         checkpoint.check_same_run(state, config, vocab_size, chunk_length, data.digest)
         mcore.load_state(model, optimizer, str(found))
@@ -180,7 +197,7 @@ def train(config: PretrainConfig, started: float) -> None:
 
     # ---- the loop
     clock, time_limit = StepClock(), TimeLimit(run.exit_duration_in_mins, started)
-    source = _read_ahead(config, train_samples, iteration, consumed_samples)
+    batches = _read_ahead(config, train_samples, iteration, consumed_samples)
     shape = dict(vocab_size=vocab_size, chunk_length=chunk_length)
     best_rate = matrix_rate(torch.bfloat16 if parallel.bf16 else torch.float32)
     first_iteration = logged_iteration = iteration
@@ -194,7 +211,7 @@ def train(config: PretrainConfig, started: float) -> None:
         step = train_step(
             model,
             optimizer,
-            source,
+            batches,
             ids,
             optimization.micro_batch_size,
             clock,

@@ -13,14 +13,18 @@ import torch.distributed as dist
 from megatron_retro import mcore
 from megatron_retro.config.training import PretrainConfig
 from megatron_retro.data.samples import Batch
-from megatron_retro.model.model import make_stages
+from megatron_retro.model.model import RetroModel, make_stages
 from megatron_retro.training.evaluation import boundary_length, forward_step
+from megatron_retro.training.fit import freeze
 from megatron_retro.training.prefetch import BatchSource
 from megatron_retro.training.timing import DATA, FORWARD_BACKWARD, OPTIMIZER, StepClock
 
 
 def make_model_and_optimizer(
-    config: PretrainConfig, vocab_size: int, chunk_length: int
+    config: PretrainConfig,
+    vocab_size: int,
+    chunk_length: int,
+    prepare: Callable[[list[RetroModel]], object] = lambda stages: None,
 ) -> tuple[mcore.ModelChunks, Any]:
     """This rank's part of the model with its initial weights, and what updates it.
 
@@ -28,9 +32,10 @@ def make_model_and_optimizer(
         config: finished, with data.
         vocab_size: padded vocabulary.
         chunk_length: C.
+        prepare: may change the initial weights.
     """
     optimization = config.optimization
-    model = make_model(config, vocab_size, chunk_length)
+    model = make_model(config, vocab_size, chunk_length, prepare)
     optimizer = mcore.build_optimizer(
         model,
         lr=optimization.lr,
@@ -44,11 +49,20 @@ def make_model_and_optimizer(
     return model, optimizer
 
 
-def make_model(config: PretrainConfig, vocab_size: int, chunk_length: int) -> mcore.ModelChunks:
+def make_model(
+    config: PretrainConfig,
+    vocab_size: int,
+    chunk_length: int,
+    prepare: Callable[[list[RetroModel]], object] = lambda stages: None,
+) -> mcore.ModelChunks:
     """This rank's part of the model, as `make_model_and_optimizer`."""
     parallel = config.parallel
+    stages = make_stages(config.model, config.active_retro, parallel, vocab_size, chunk_length, config.data.seed)
+    prepare(stages)
+    if config.retro.retro_freeze_decoder:
+        freeze(stages)
     return mcore.wrap_for_training(
-        *make_stages(config.model, config.active_retro, parallel, vocab_size, chunk_length, config.data.seed),
+        *stages,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
