@@ -90,18 +90,24 @@ class Reader:
     def read(self, chunks: list[list[int]]) -> Reads:
         """Neighbors of chunks of tokens, each complete; every rank calls it."""
         start = time.perf_counter()
-        found = distributed.all_gather(self._find(chunks) if distributed.rank() == 0 else None)[0]
-        ids, distances = found
+        ids, distances = distributed.all_gather(self._find(chunks) if distributed.rank() == 0 else None)[0]
+        reads = self._reads(ids, distances)
+        self.seconds += time.perf_counter() - start
+        return reads
+
+    def read_alone(self, chunks: list[list[int]]) -> Reads:
+        """As `read`, by one process for itself, which has a library."""
+        return self._reads(*self._find(chunks))
+
+    def _reads(self, ids: np.ndarray, distances: np.ndarray) -> Reads:
         tokens, lengths = self._table.tokens(ids.reshape(-1), 2 * self._table.chunk_length, 0)
         device = mcore.device()
-        reads = Reads(
+        return Reads(
             ids,
             distances,
             torch.from_numpy(tokens).view(*ids.shape, -1).to(device),
             torch.from_numpy(lengths).view(ids.shape).to(device),
         )
-        self.seconds += time.perf_counter() - start
-        return reads
 
     def _find(self, chunks: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         shape = (len(chunks), self._num_neighbors)

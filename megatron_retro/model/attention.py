@@ -47,7 +47,8 @@ def attend(
         dropout: of the attention weights; heads are sharded, so each tensor-parallel rank draws its own.
     """
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SxNxHxE, k_TxNxGxE, v_TxNxGxE))
-    with get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
+    tracker = get_cuda_rng_tracker()  # empty where no group was formed; dropout then draws as anywhere in torch
+    with tracker.fork() if dropout and tracker.is_initialized() else contextlib.nullcontext():
         out = fused_attention(q, k, v, mask=mask, causal=causal and mask is None, dropout=dropout)
     return out.permute(2, 0, 1, 3)
 

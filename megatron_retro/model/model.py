@@ -288,9 +288,14 @@ def activation(model: ModelConfig) -> Callable[[Tensor], Tensor]:
 
 def encoder_config(model: ModelConfig, retro: RetroConfig, parallel: ParallelConfig) -> TransformerConfig:
     """The encoder's shape; it lives on one pipeline stage, whatever the decoder does."""
+    return decoder_config(encoder_shape(model, retro), parallel)
+
+
+def encoder_shape(model: ModelConfig, retro: RetroConfig) -> ModelConfig:
+    """The encoder's flags: the decoder's but for its size."""
     heads, width = retro.retro_encoder_num_attention_heads, retro.retro_encoder_hidden_size
     assert heads and width
-    encoder = dataclasses.replace(
+    return dataclasses.replace(
         model,
         num_layers=retro.retro_encoder_layers,
         hidden_size=width,
@@ -298,7 +303,6 @@ def encoder_config(model: ModelConfig, retro: RetroConfig, parallel: ParallelCon
         num_attention_heads=heads,
         num_query_groups=heads,
     )
-    return decoder_config(encoder, parallel)
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
