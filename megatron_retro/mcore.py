@@ -271,6 +271,9 @@ def fused_attention(
     as_queries = num_groups < num_heads and mask is not None and mask.shape[1:3] == (1, 1)
     if as_queries:
         q_NxHxSxE = q_NxHxSxE.unflatten(1, (num_groups, -1)).flatten(2, 3)
+    elif num_groups < num_heads and mask is not None:
+        k_NxGxTxE, v_NxGxTxE = (x.repeat_interleave(num_heads // num_groups, 1) for x in (k_NxGxTxE, v_NxGxTxE))
+        num_groups = num_heads
     if dtype == torch.bfloat16 and not q_NxHxSxE.is_cuda and not causal and num_positions > 1:
         q_NxHxSxE, k_NxGxTxE, v_NxGxTxE = q_NxHxSxE.float(), k_NxGxTxE.float(), v_NxGxTxE.float()
     out = torch.nn.functional.scaled_dot_product_attention(

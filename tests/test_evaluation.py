@@ -21,6 +21,7 @@ from megatron_retro import mcore
 from megatron_retro.config.evaluation import EvaluateConfig
 from megatron_retro.config.flags import parse
 from megatron_retro.data.chunks import ChunkTable, Corpus
+from megatron_retro.data.questions import Question, filled, filler, read_questions
 from megatron_retro.data.samples import Samples
 from megatron_retro.errors import UserError
 from megatron_retro.evaluation import answers
@@ -31,7 +32,7 @@ from megatron_retro.evaluation.evaluate import evaluate
 from megatron_retro.evaluation.harness import RetroRequests, register
 from megatron_retro.evaluation.leakage import GRID, curve, database_runs, read_runs
 from megatron_retro.evaluation.other import OtherDatabase
-from megatron_retro.evaluation.questions import GivenReader, Question, ask, filled, filler, read_questions
+from megatron_retro.evaluation.questions import GivenReader, ask
 from megatron_retro.evaluation.report import render
 from megatron_retro.evaluation.scoring import Row, Scorer, windows
 from megatron_retro.inference.writer import Choice, Writer

@@ -40,10 +40,10 @@ from megatron_retro.config.training import PretrainConfig
 from megatron_retro.data import documents, tokenizer
 from megatron_retro.data.chunks import ChunkTable, Corpus
 from megatron_retro.data.documents import BadRecord, Source
+from megatron_retro.data.questions import read_questions
 from megatron_retro.data.tokenize import write_part
 from megatron_retro.data.tokenizer import Tokenizer, train
 from megatron_retro.errors import UserError
-from megatron_retro.evaluation.questions import read_questions
 from megatron_retro.reading import load_array
 from megatron_retro.retrieval import changes, embedding
 from megatron_retro.retrieval.database import Database

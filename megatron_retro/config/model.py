@@ -7,6 +7,7 @@ from megatron_retro.config.flags import at_least, check_timeout, flag, flag_name
 from megatron_retro.errors import UserError
 
 RETRIEVAL_MODES = ("on", "off", "random")  # of evaluation and generation
+QA_PROMPT = "Question: {question}\nAnswer:"
 
 
 @dataclasses.dataclass
@@ -160,6 +161,16 @@ class ModelConfig:
     def rotary_width(self) -> int:
         """Numbers of a head that rotary positions turn."""
         return int((self.kv_channels or 0) * self.rotary_percent)
+
+
+def check_qa_prompt(template: str) -> None:
+    """Refuse a --qa-prompt that no question goes into.
+
+    Raises:
+        UserError: names the value.
+    """
+    if "{question}" not in template:
+        raise UserError(f"--qa-prompt is {template!r}; it must hold {{question}}, in braces")
 
 
 @dataclasses.dataclass

@@ -3,7 +3,7 @@
 import dataclasses
 
 from megatron_retro.config.flags import at_least, flag, flag_name, required
-from megatron_retro.config.model import ModelConfig, RetroConfig
+from megatron_retro.config.model import QA_PROMPT, ModelConfig, RetroConfig, check_qa_prompt
 from megatron_retro.config.parallel import TrainingParallelConfig
 from megatron_retro.errors import UserError
 
@@ -27,6 +27,38 @@ class DataConfig:
         "processes a rank reads samples with, ahead of the step; 0: it reads them itself",
         show="2 with a GPU, else 0",
     )
+
+
+@dataclasses.dataclass
+class InstructionConfig:
+    """Instruction tuning"""
+
+    sft_data: tuple[str, ...] = flag(
+        (),
+        '[WEIGHT] FILE …: JSON lines with "messages", or "question" and "answers"; "ctxs" to read, where given',
+        many=True,
+        show="none: pretraining",
+    )
+    sft_valid_data: tuple[str, ...] = flag((), "FILE …: such lines to evaluate on", many=True, show="none")
+    qa_prompt: str = flag(QA_PROMPT, "what a question becomes", show="Question: … Answer:")
+
+    def finish(self, data: DataConfig, retro: RetroConfig) -> None:
+        """Check.
+
+        Raises:
+            UserError: names the flag and the way out.
+        """
+        check_qa_prompt(self.qa_prompt)
+        if not self.sft_data:
+            if self.sft_valid_data:
+                raise UserError(f"--sft-valid-data {' '.join(self.sft_valid_data)} needs --sft-data FILE")
+            return
+        if data.data_path:
+            raise UserError(f"--data-path {' '.join(data.data_path)} is for pretraining; leave it out with --sft-data")
+        if retro.retro_max_overlap < 1:
+            raise UserError(
+                f"--retro-max-overlap {retro.retro_max_overlap} is for pretraining; leave it out with --sft-data"
+            )
 
 
 @dataclasses.dataclass
@@ -80,6 +112,7 @@ class PretrainConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     parallel: TrainingParallelConfig = dataclasses.field(default_factory=TrainingParallelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    instructions: InstructionConfig = dataclasses.field(default_factory=InstructionConfig)
     optimization: OptimizationConfig = dataclasses.field(default_factory=OptimizationConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
@@ -98,6 +131,7 @@ class PretrainConfig:
                 "--retro-freeze-decoder needs --retro-add-retriever, which adds what is trained, and --retro-fit-from, "
                 "for the weights that stay"
             )
+        self.instructions.finish(self.data, self.retro)
         if self.run.save_interval and not self.run.save:
             raise UserError(f"--save-interval {self.run.save_interval} needs --save DIR")
         if self.run.on_bad_step == "rewind" and not self.run.save:

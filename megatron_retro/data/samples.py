@@ -51,6 +51,8 @@ class Batch:
         neighbor_chunks_M: int64, which of the B·L chunks have neighbors, at least one; None where all have, or with
             retrieval off.
         sample_ids: [B] int64, -1 for an empty sample that fills up a batch.
+        examples_BxS: int64, ascending, which example of its sample a position belongs to: they do not see each other;
+            None where each sample is one.
     """
 
     tokens_BxS: Tensor
@@ -61,6 +63,7 @@ class Batch:
     neighbor_lengths_BxLxK: Tensor | None
     neighbor_chunks_M: Tensor | None
     sample_ids: np.ndarray
+    examples_BxS: Tensor | None = None
 
     @property
     def reading(self) -> float:
@@ -214,11 +217,15 @@ class Samples:
             neighbor_chunks_M=chunks_that_read(ids_BxLxK),
         )
 
-    def neighbor_ids(self, sample_ids: np.ndarray) -> np.ndarray | None:
-        """The neighbors [B, L, K] int64 that samples are read with, -1 for none; None with retrieval off."""
-        if self._neighbors is None:
-            return None
-        return self._choose(np.stack([self.chunks(int(sample)) for sample in sample_ids]), sample_ids, "on")
+    def described(self, sample_ids: np.ndarray) -> list[dict[str, Any]]:
+        """What samples are made of: ids of their "chunks" [L] and "neighbors" [L, K], None with retrieval off."""
+        chunks_BxL = np.stack([self.chunks(int(sample)) for sample in sample_ids])
+        neighbors = [None] * len(sample_ids)
+        if self._neighbors is not None:
+            neighbors = self._choose(chunks_BxL, sample_ids, "on").tolist()
+        return [
+            {"chunks": chunks, "neighbors": ids} for chunks, ids in zip(chunks_BxL.tolist(), neighbors, strict=True)
+        ]
 
     def _text(self, chunks_BxL: np.ndarray, sample_ids: np.ndarray) -> Batch:
         chunk_length, num_samples = self.table.chunk_length, len(chunks_BxL)

@@ -14,10 +14,10 @@ from megatron_retro.config import flags
 from megatron_retro.config.evaluation import EvaluateConfig, EvaluationConfig
 from megatron_retro.config.model import RETRIEVAL_MODES, ModelConfig, RetroConfig
 from megatron_retro.config.training import DataConfig
+from megatron_retro.data.questions import Question, read_questions
 from megatron_retro.errors import UserError
 from megatron_retro.evaluation.asking import QuestionEvaluation
 from megatron_retro.evaluation.other import OtherDatabase
-from megatron_retro.evaluation.questions import Question, read_questions
 from megatron_retro.evaluation.report import write_report
 from megatron_retro.evaluation.table import table
 from megatron_retro.evaluation.text import TextEvaluation
@@ -54,7 +54,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     # ---- the model that reads, and what it reads
     trained = load_trained(given.load, parallel)
     retro = _retro_of(trained, given)
-    data = TrainingData.open(work_dir, retrieve=retro is not None)
+    searches = given.split != "none" or not all(question.ctxs for question in questions)
+    data = TrainingData.open(work_dir, retrieve=retro is not None and searches)
     check_same_tokenizer(trained, data.tokenizer_digest, data.table.chunk_length, work_dir)
     if retro:
         parallel.check_retrieved_length(2 * data.table.chunk_length)

@@ -13,8 +13,8 @@ from typing import Any
 
 from megatron_retro import mcore
 from megatron_retro.config.model import RETRIEVAL_MODES, ParallelConfig
+from megatron_retro.data.questions import filled, filler
 from megatron_retro.errors import UserError
-from megatron_retro.evaluation.questions import filled, filler
 from megatron_retro.evaluation.scoring import Row, Scorer, windows
 from megatron_retro.inference.generate import make_writer, open_trained
 from megatron_retro.inference.reader import open_reader

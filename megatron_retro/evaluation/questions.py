@@ -1,13 +1,5 @@
-"""Questions: read from a file, asked of a model, answers compared.
+"""Questions asked of a model, answers compared; `data/questions.py` reads them and lays them out."""
 
-A chunk's neighbors are read from its last token on, so a question is filled up on the left until it ends with a chunk:
-its neighbors are then read from the first token of the answer on (Wang et al., arXiv 2304.06762, do the same). The
-filler is one token that says nothing, where the tokenizer has it a line feed: the embedder does not see white space.
-"""
-
-import dataclasses
-import json
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,84 +7,12 @@ import numpy as np
 import torch
 
 from megatron_retro import mcore
+from megatron_retro.data.questions import Question, filled, filler, prompt
 from megatron_retro.data.tokenizer import Tokenizer
-from megatron_retro.errors import UserError
 from megatron_retro.evaluation import answers
 from megatron_retro.evaluation.bootstrap import estimate, ratio, resampled
 from megatron_retro.inference.reader import Reader, Reads
 from megatron_retro.inference.writer import Choice, Text, Writer
-from megatron_retro.reading import parse_json, read_text
-
-_FILLERS = ("\n", " ", ".")
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """A question, the answers that are right, and the texts to read, if any are given."""
-
-    question: str
-    answers: list[str]
-    ctxs: list[str]
-
-
-def read_questions(path: pathlib.Path) -> list[Question]:
-    """The questions of a file of JSON lines.
-
-    Raises:
-        UserError: the file cannot be read, or a line is no question; it names the line.
-    """
-    lines = read_text(f"--qa {path}", path).split("\n")
-    questions = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                questions.append(_question(parse_json(line)))
-            except (ValueError, KeyError, TypeError) as error:
-                reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
-                raise UserError(
-                    f'--qa {path}:{number}: {reason}; write {{"question": "…", "answers": ["…"]}} on each line, '
-                    'and "ctxs": ["…"] or [{"title": "…", "text": "…"}] where texts are given'
-                ) from None
-    if not questions:
-        raise UserError(f"--qa {path} holds no question; write one a line")
-    return questions
-
-
-def _question(record: Any) -> Question:
-    if not isinstance(record, dict):
-        raise TypeError("it is no JSON object")
-    json.dumps(record, ensure_ascii=False).encode()  # a ValueError where it holds what is no Unicode text
-    question, expected, ctxs = record["question"], record["answers"], record.get("ctxs") or []
-    if not (isinstance(question, str) and question.strip()):
-        raise TypeError('"question" is no text')
-    if not (isinstance(expected, list) and expected and all(isinstance(one, str) for one in expected)):
-        raise TypeError('"answers" is no list of texts')
-    if not isinstance(ctxs, list):
-        raise TypeError('"ctxs" is no list')
-    return Question(question, expected, [_context(ctx) for ctx in ctxs])
-
-
-def _context(ctx: Any) -> str:
-    if isinstance(ctx, dict):
-        ctx = "\n".join(str(ctx[key]) for key in ("title", "text") if ctx.get(key))
-    if not isinstance(ctx, str):
-        raise TypeError('"ctxs" holds what is neither text nor {"title", "text"}')
-    return ctx
-
-
-# ------------------------------------------------------------------------------------------------ prompts
-
-
-def filler(tokenizer: Tokenizer) -> int:
-    """The token that fills prompts up: a line feed, space or full stop of one token, else the end of a document."""
-    rows = tokenizer.encode(list(_FILLERS))
-    return next((row[0] for row in rows if len(row) == 1), tokenizer.eod)
-
-
-def filled(tokens: list[int], chunk_length: int, fill: int) -> list[int]:
-    """Tokens behind so many fillers that they end with a chunk; at least one chunk."""
-    missing = -len(tokens) % chunk_length if tokens else chunk_length
-    return [fill] * missing + tokens
 
 
 class GivenReader(Reader):
@@ -146,7 +66,7 @@ def ask(
     fill, choice, found = filler(tokenizer), Choice(temperature=0), []
     for begin in range(0, len(questions), batch_size):
         some = questions[begin : begin + batch_size]
-        encoded = tokenizer.encode([template.replace("{question}", question.question) for question in some])
+        encoded = tokenizer.encode([prompt(template, question.question) for question in some])
         texts = [
             Text(number, filled(tokens, chunk_length, fill), choice, number, max_new_tokens, reader_of(question))
             for number, (tokens, question) in enumerate(zip(encoded, some, strict=True))

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from megatron_retro import distributed, mcore
 from megatron_retro.data.chunks import ChunkTable, Stream
-from megatron_retro.data.samples import repeats
 from megatron_retro.data.tokenizer import Tokenizer
-from megatron_retro.retrieval.live import LiveRetriever
+from megatron_retro.retrieval.live import LiveRetriever, without_repeats
 from megatron_retro.training.data import check_num_neighbors, split_weights
 from megatron_retro.workdir import WorkDir
 
@@ -115,12 +114,7 @@ class Reader:
             return self._random(shape)
         assert self._library is not None
         ids, distances = self._library.search(self._library.tokenizer.decode(chunks), self._fetched)
-        length = self._table.chunk_length
-        rows, _ = self._table.tokens(ids.reshape(-1), length, 0)
-        dropped = (ids < 0) | repeats(rows.reshape(*ids.shape, length), ids >= 0)
-        best = np.argsort(dropped, axis=1, kind="stable")[:, : self._num_neighbors]
-        ids, distances = np.where(dropped, -1, ids), np.where(dropped, np.float32(np.inf), distances)
-        return np.take_along_axis(ids, best, 1), np.take_along_axis(distances, best, 1)
+        return without_repeats(self._table, ids, distances, self._num_neighbors)
 
     def _random(self, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         stream = self._library.stream if self._library else self._own_stream

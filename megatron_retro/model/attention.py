@@ -129,6 +129,19 @@ class _Rearranged(torch.autograd.Function):
         return gradient.flatten(0, 1).index_select(0, back).view(gradient.shape), None, None
 
 
+def causal_within(examples_BxS: Tensor) -> Tensor:
+    """The mask [B, 1, S, S] under which positions look back, but not beyond their own example (numbers, ascending)."""
+    same_BxSxS = examples_BxS[:, :, None] == examples_BxS[:, None, :]
+    return same_BxSxS.tril()[:, None]
+
+
+def first_positions(examples_BxS: Tensor) -> Tensor:
+    """Where the example of each position begins, [B, S] int64."""
+    position = torch.arange(examples_BxS.shape[1], device=examples_BxS.device)
+    is_first = F.pad(examples_BxS[:, 1:] != examples_BxS[:, :-1], (1, 0), value=True)
+    return torch.where(is_first, position, 0).cummax(1).values
+
+
 @dataclasses.dataclass(frozen=True)
 class Pattern:
     """How a self-attention looks at its positions.

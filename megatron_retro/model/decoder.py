@@ -94,6 +94,7 @@ class RetroDecoder(MegatronModule):
         *,
         num_positions: int,
         order: Order | None = None,
+        mask: Tensor | None = None,
         neighbors: Neighbors | None = None,
         encoded_RxKMxD: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -103,13 +104,14 @@ class RetroDecoder(MegatronModule):
             x_SxBxD: hidden states; under sequence parallelism this rank's part of S.
             num_positions: S.
             order: of the positions in self-attention; None where no position is padding.
+            mask: of self-attention, as in `attend`; None where each position looks at all before it.
             neighbors: retrieved tokens; None turns retrieval off.
             encoded_RxKMxD: the encoder's output when an earlier stage made it.
 
         Returns:
             (hidden states, the encoder's output or None).
         """
-        pattern = Pattern(self.angles(num_positions) if self.rotary else None, order=order)
+        pattern = Pattern(self.angles(num_positions) if self.rotary else None, mask, order)
         for layer in self.layers:
             x_SxBxD = layer.attend(x_SxBxD, pattern)
             if neighbors is not None and layer.cross_attention is not None:

@@ -19,7 +19,7 @@ from megatron_retro.mcore import (
     parallel_state,
     to_every_tensor_parallel_rank,
 )
-from megatron_retro.model.attention import Order
+from megatron_retro.model.attention import Order, causal_within, first_positions
 from megatron_retro.model.decoder import RetroDecoder
 from megatron_retro.model.feed_forward import gelu_by_tanh
 from megatron_retro.model.loss import cross_entropy
@@ -109,6 +109,7 @@ class RetroModel(LanguageModule):
         loss_mask_BxS: Tensor | None = None,
         *,
         order_BxS: Tensor | None = None,
+        examples_BxS: Tensor | None = None,
         neighbor_tokens_BxLxKxR: Tensor | None = None,
         neighbor_lengths_BxLxK: Tensor | None = None,
         neighbor_chunks_M: Tensor | None = None,
@@ -121,6 +122,8 @@ class RetroModel(LanguageModule):
             loss_mask_BxS: float32, 0 where the position does not count; None counts all.
             order_BxS: int64, the positions of each sample, those with text before those with padding; None where all
                 have text.
+            examples_BxS: int64, ascending, which example a position belongs to: they do not see each other; not with
+                `order_BxS`. None where each sample is one.
             neighbor_tokens_BxLxKxR: retrieved token ids (int64); None, or L = 0, turns retrieval off.
             neighbor_lengths_BxLxK: their numbers of tokens (int64), 0 for no neighbor.
             neighbor_chunks_M: which of the B·L chunks have neighbors (int64, ascending, at least one); None means all.
@@ -136,6 +139,8 @@ class RetroModel(LanguageModule):
             neighbors = Neighbors.of(neighbor_tokens_BxLxKxR, neighbor_lengths_BxLxK, neighbor_chunks_M)
         if self.pre_process:
             positions = torch.arange(num_positions, device=tokens_BxS.device).expand(num_samples, -1)
+            if examples_BxS is not None:
+                positions = positions - first_positions(examples_BxS)
             x_SxBxD = self.embedding(tokens_BxS, positions)
         else:
             assert self.input_tensor is not None
@@ -145,6 +150,7 @@ class RetroModel(LanguageModule):
             x_SxBxD,
             num_positions=num_positions,
             order=None if order_BxS is None else Order.of(order_BxS),
+            mask=None if examples_BxS is None else causal_within(examples_BxS),
             neighbors=neighbors,
             encoded_RxKMxD=encoded,
         )

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_retro.data.chunks import Stream
+from megatron_retro.data.chunks import ChunkTable, Stream
+from megatron_retro.data.samples import repeats
 from megatron_retro.errors import UserError
 from megatron_retro.retrieval.corpora import open_tokenizer
 from megatron_retro.retrieval.database import Database
@@ -94,3 +95,12 @@ class LiveRetriever:
     def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The nearest embeddings for queries [n, E] float16, returned as `search` does."""
         return self._search.search(queries, np.zeros((len(queries), 2), np.int64), k)
+
+
+def without_repeats(table: ChunkTable, ids: np.ndarray, distances: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of ids and distances [n, K_saved], best first, the first k whose text no better one has: [n, k]."""
+    rows, _ = table.tokens(ids.reshape(-1), table.chunk_length, 0)
+    dropped = (ids < 0) | repeats(rows.reshape(*ids.shape, table.chunk_length), ids >= 0)
+    best = np.argsort(dropped, axis=1, kind="stable")[:, :k]
+    ids, distances = np.where(dropped, -1, ids), np.where(dropped, np.float32(np.inf), distances)
+    return np.take_along_axis(ids, best, 1), np.take_along_axis(distances, best, 1)

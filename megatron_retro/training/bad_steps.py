@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from megatron_retro import distributed, mcore
-from megatron_retro.data.samples import Samples
 from megatron_retro.storage import write_atomically
+from megatron_retro.training.data import TrainingSamples
 from megatron_retro.training.step import Step
 
 MOST_IN_A_ROW = 10  # bad steps, after which no policy helps
@@ -83,7 +83,7 @@ def last_words(bad: str, policy: str, in_a_row: int, save: str | None) -> str:
     )
 
 
-def report(directory: str | None, iteration: int, step: Step, samples: Samples, ids: np.ndarray) -> str:
+def report(directory: str | None, iteration: int, step: Step, samples: TrainingSamples, ids: np.ndarray) -> str:
     """Write down what a bad step read; every rank calls it.
 
     Args:
@@ -110,21 +110,12 @@ def report(directory: str | None, iteration: int, step: Step, samples: Samples, 
     return distributed.together(write)
 
 
-def _samples(samples: Samples, ids: np.ndarray, losses: dict[int, tuple[float, int]]) -> list[dict[str, Any]]:
+def _samples(samples: TrainingSamples, ids: np.ndarray, losses: dict[int, tuple[float, int]]) -> list[dict[str, Any]]:
     """What each sample of a batch is made of: it follows from its id, so any rank can tell."""
-    neighbors = samples.neighbor_ids(ids)
     described = []
-    for row, sample in enumerate(ids.tolist()):
+    for sample, parts in zip(ids.tolist(), samples.described(ids), strict=True):
         loss, rank = losses.get(sample, (math.nan, None))
-        described.append(
-            {
-                "id": sample,
-                "loss": _json(loss),
-                "rank": rank,
-                "chunks": samples.chunks(sample).tolist(),
-                "neighbors": None if neighbors is None else neighbors[row].tolist(),
-            }
-        )
+        described.append({"id": sample, "loss": _json(loss), "rank": rank, **parts})
     return described
 
 

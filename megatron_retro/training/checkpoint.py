@@ -115,13 +115,14 @@ def check_same_run(state: RunState, config: PretrainConfig, vocab_size: int, chu
     )
     _same("the padded vocabulary", state.vocab_size, vocab_size)
     _same("the work dir's chunk length", state.chunk_length, chunk_length)
-    _same("the work dir's digest of tokenizer, corpus and chunks", state.data_digest, digest)
+    what = " with --sft-data and --qa-prompt" if config.instructions.sft_data else ""
+    _same(f"the work dir's digest of tokenizer, corpus and chunks{what}", state.data_digest, digest)
 
 
 def trains_alike(state: RunState, config: PretrainConfig) -> bool:
     """Whether a run's losses are what a checkpoint's run would have had: model, samples and optimizer are the same."""
     ours = flags.to_dict(config)
-    groups = (config.model, config.retro, config.data, config.optimization)
+    groups = (config.model, config.retro, config.data, config.instructions, config.optimization)
     names = {field.name for group in groups for field in dataclasses.fields(group)}
     names -= {"train_iters", "lr_decay_iters", "lr_warmup_iters", "num_workers"}
     return all(state.config.get(name) == ours[name] for name in names)

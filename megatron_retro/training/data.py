@@ -2,15 +2,37 @@
 
 import dataclasses
 import pathlib
+from typing import Any, Protocol
+
+import numpy as np
 
 from megatron_retro import distributed
 from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.training import DataConfig
 from megatron_retro.data.chunks import ChunkTable
-from megatron_retro.data.samples import NeighborSource, Samples
+from megatron_retro.data.samples import Batch, NeighborSource, Samples
 from megatron_retro.data.tokenizer import Tokenizer
 from megatron_retro.errors import UserError
 from megatron_retro.workdir import STAGES, WorkDir
+
+
+class TrainingSamples(Protocol):
+    """What a run trains or is evaluated on: `Samples`, or `InstructionSamples`.
+
+    Attributes:
+        table: the work dir's chunks.
+        epoch_size: samples of one pass.
+    """
+
+    table: ChunkTable
+    epoch_size: int
+
+    def __len__(self) -> int: ...
+
+    def batch(self, sample_ids: np.ndarray, retrieval: str = "on") -> Batch: ...
+
+    def described(self, sample_ids: np.ndarray) -> list[dict[str, Any]]:
+        """What samples are made of, in plain values."""
 
 
 @dataclasses.dataclass

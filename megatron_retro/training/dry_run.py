@@ -2,7 +2,8 @@
 
 Nothing here repeats the model's shapes: each pipeline stage is built and run through its schedule as in training, on
 tensors without memory, as one rank of a world without others, while its bytes and matrix products are counted. The
-batch is the dearest there is: as if padded and as if some chunk had no neighbors, yet every neighbor present and whole.
+batch is the dearest there is: as if padded (with --sft-data as if each sample held several examples) and as if some
+chunk had no neighbors, yet every neighbor present and whole.
 """
 
 import contextlib
@@ -125,7 +126,7 @@ def dry_run(config: PretrainConfig, num_ranks: int) -> None:
     check_seq_length(config.model.seq_length, chunk_length)
     if config.active_retro:
         config.parallel.check_retrieved_length(2 * chunk_length)
-        if work.has("neighbors"):
+        if work.has("neighbors") and not config.instructions.sft_data:
             check_num_neighbors(config.retro.retro_num_neighbors, work.facts("neighbors")["num_neighbors"])
     vocab_size = padded_vocab_size(
         work.facts("tokenizer")["vocab_size"],
@@ -167,16 +168,17 @@ def dearest_batch(config: PretrainConfig, chunk_length: int) -> Batch:
     num_samples, length = config.optimization.micro_batch_size, config.model.seq_length
     num_chunks, num_neighbors = length // chunk_length, config.retro.retro_num_neighbors
     shape = (num_samples, num_chunks, num_neighbors)
-    reads = config.active_retro is not None
+    reads, tunes = config.active_retro is not None, bool(config.instructions.sft_data)
     return Batch(
         tokens_BxS=torch.zeros(num_samples, length, dtype=torch.int64),
         labels_BxS=torch.zeros(num_samples, length, dtype=torch.int64),
         loss_mask_BxS=torch.ones(num_samples, length),
-        order_BxS=torch.arange(length).repeat(num_samples, 1),
+        order_BxS=None if tunes else torch.arange(length).repeat(num_samples, 1),
         neighbor_tokens_BxLxKxR=torch.zeros(*shape, 2 * chunk_length, dtype=torch.int64) if reads else None,
         neighbor_lengths_BxLxK=torch.full(shape, 2 * chunk_length) if reads else None,
         neighbor_chunks_M=torch.arange(num_samples * num_chunks) if reads else None,
         sample_ids=np.arange(num_samples),
+        examples_BxS=torch.arange(length).repeat(num_samples, 1) if tunes else None,
     )
 
 

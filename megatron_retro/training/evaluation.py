@@ -108,6 +108,7 @@ def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tens
         batch.labels_BxS,
         batch.loss_mask_BxS,
         order_BxS=batch.order_BxS,
+        examples_BxS=batch.examples_BxS,
         neighbor_tokens_BxLxKxR=batch.neighbor_tokens_BxLxKxR,
         neighbor_lengths_BxLxK=batch.neighbor_lengths_BxLxK,
         neighbor_chunks_M=batch.neighbor_chunks_M,

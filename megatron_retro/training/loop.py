@@ -12,15 +12,15 @@ import torch.distributed as dist
 from megatron_retro import distributed, mcore
 from megatron_retro.config import flags
 from megatron_retro.config.training import PretrainConfig, RunConfig
-from megatron_retro.data.samples import Samples
 from megatron_retro.errors import UserError
 from megatron_retro.model.flops import multiply_adds
 from megatron_retro.model.model import RetroModel, padded_vocab_size
 from megatron_retro.storage import check_writable, lock
 from megatron_retro.training import bad_steps, checkpoint, checkpoint_files, fit, room
-from megatron_retro.training.data import TrainingData, check_split
+from megatron_retro.training.data import TrainingData, TrainingSamples, check_split
 from megatron_retro.training.evaluation import sample_losses
 from megatron_retro.training.fit import Source
+from megatron_retro.training.instructions import InstructionData
 from megatron_retro.training.log import RunLog
 from megatron_retro.training.matrix_rate import matrix_rate
 from megatron_retro.training.prefetch import BatchSource, Prefetched
@@ -59,16 +59,21 @@ def train(config: PretrainConfig, started: float, source: Source | None = None) 
     # ---- data
     assert config.retro.retro_work_dir and config.model.seq_length
     work_dir = config.retro.retro_work_dir
-    data = TrainingData.open(work_dir, retrieve=config.active_retro is not None, verify=config.data.verify_data)
+    tunes = bool(config.instructions.sft_data)
+    retrieve = config.active_retro is not None and not tunes
+    data = TrainingData.open(work_dir, retrieve=retrieve, verify=config.data.verify_data)
     check_split(config.data.split, data.split_weights)
     if config.active_retro:
         parallel.check_retrieved_length(2 * data.table.chunk_length)
-    config.finish_with_data(_samples(config, data, "train", None).epoch_size)
+    tuning = InstructionData.open(config, data) if tunes else None
+    digest = tuning.digest if tuning else data.digest
+    samples_of = functools.partial(_samples, config, data, tuning)
+    config.finish_with_data(samples_of("train", None).epoch_size)
     optimization = config.optimization
     assert optimization.train_iters is not None and optimization.global_batch_size and optimization.lr
     valid_samples = None
-    if run.eval_iters and data.num_chunks("valid"):
-        valid_samples = _samples(config, data, "valid", None)
+    if run.eval_iters and (tuning.valid if tuning else data.num_chunks("valid")):
+        valid_samples = samples_of("valid", None)
 
     # ---- where to begin
     save_directory = pathlib.Path(run.save) if run.save and distributed.rank() == 0 else None
@@ -104,7 +109,7 @@ def train(config: PretrainConfig, started: float, source: Source | None = None) 
         log.say(line)
     if found:
         state = checkpoint.read_state(found)
-        checkpoint.check_same_run(state, config, vocab_size, chunk_length, data.digest)
+        checkpoint.check_same_run(state, config, vocab_size, chunk_length, digest)
         mcore.load_state(model, optimizer, str(found))
         _use_learning_rates(optimizer, config)
         if run.load == run.save:
@@ -117,14 +122,16 @@ def train(config: PretrainConfig, started: float, source: Source | None = None) 
         log.say(f"resumed from {found}, {consumed_samples:,} samples read")
     num_updates = max(0, optimization.train_iters - iteration)
     num_samples = consumed_samples + num_updates * optimization.global_batch_size
-    train_samples = _samples(config, data, "train", max(1, num_samples))
+    train_samples = samples_of("train", max(1, num_samples))
     log.say(_description(config, data, model, train_samples))
+    for line in tuning.lines if tuning else []:
+        log.say(line)
     if run.save:
         every = run.save_interval or optimization.train_iters
         num_saves = optimization.train_iters // every - iteration // every + (optimization.train_iters % every > 0)
         log.say(room.check(run.save, mcore.checkpoint_bytes(model, optimizer), num_saves if num_updates else 0))
     if run.eval_iters and valid_samples is None:
-        log.say("the valid split is empty: no evaluation")
+        log.say(f"{'there is no --sft-valid-data' if tuning else 'the valid split is empty'}: no evaluation")
 
     @doing("the save")
     def save() -> None:
@@ -142,7 +149,7 @@ def train(config: PretrainConfig, started: float, source: Source | None = None) 
             vocab_size,
             chunk_length,
             data.tokenizer_digest,
-            data.digest,
+            digest,
             list(watch.losses),
             watch.in_a_row,
         )
@@ -267,7 +274,7 @@ def _work_of_this_rank(model: mcore.ModelChunks) -> tuple[float, int]:
     return costs[mcore.parallel_state.get_pipeline_model_parallel_rank()], sum(p.numel() for p in model.parameters())
 
 
-def _read_ahead(config: PretrainConfig, samples: Samples, iteration: int, consumed_samples: int) -> BatchSource:
+def _read_ahead(config: PretrainConfig, samples: TrainingSamples, iteration: int, consumed_samples: int) -> BatchSource:
     """`samples`, or where --num-workers asks for it, by default on a GPU, what is left of them read ahead."""
     optimization, num_workers = config.optimization, config.data.num_workers
     assert optimization.train_iters and optimization.global_batch_size
@@ -284,7 +291,11 @@ def _read_ahead(config: PretrainConfig, samples: Samples, iteration: int, consum
     return Prefetched(samples, order, num_workers)
 
 
-def _samples(config: PretrainConfig, data: TrainingData, split: str, num_samples: int | None) -> Samples:
+def _samples(
+    config: PretrainConfig, data: TrainingData, tuning: InstructionData | None, split: str, num_samples: int | None
+) -> TrainingSamples:
+    if tuning:
+        return tuning.samples(config, split, num_samples)
     return data.samples(
         split,
         config.data,
@@ -358,7 +369,7 @@ def _checkpoint(config: PretrainConfig) -> Any:
     return found
 
 
-def _description(config: PretrainConfig, data: TrainingData, model: mcore.ModelChunks, samples: Samples) -> str:
+def _description(config: PretrainConfig, data: TrainingData, model: mcore.ModelChunks, samples: TrainingSamples) -> str:
     parallel, optimization = config.parallel, config.optimization
     ranks = mcore.parallel_state.get_data_parallel_world_size()
     parameters = torch.tensor(float(sum(p.numel() for p in model.parameters())), device=mcore.device())

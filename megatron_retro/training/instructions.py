@@ -1,0 +1,230 @@
+"""From files of conversations to samples of instruction tuning.
+
+Each rank encodes a share of a file, and asks the work dir for a share of what brings no texts of its own. What is found
+is kept in the work dir (or under --save where that cannot be written to), so that a run that goes on, and the next run
+on the same file, need not ask:
+
+    sft/<digest of queries and work dir>/<a>-<b>.npy   ids of the best chunks for queries a … b-1, [b-a, K_saved] int64
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+import xxhash
+
+from megatron_retro import distributed, storage
+from megatron_retro.config.model import RetroConfig
+from megatron_retro.config.training import PretrainConfig
+from megatron_retro.data.instructions import Examples, ExampleSource, InstructionSamples
+from megatron_retro.data.questions import filler, read_conversations
+from megatron_retro.data.tokenizer import Tokenizer
+from megatron_retro.errors import UserError
+from megatron_retro.reading import load_array
+from megatron_retro.retrieval.blocks import Advance, make_blocks
+from megatron_retro.retrieval.live import LiveRetriever, without_repeats
+from megatron_retro.retrieval.progress import Progress
+from megatron_retro.training.data import TrainingData, check_num_neighbors, check_seq_length, open_work_dir
+from megatron_retro.workdir import STAGES, WorkDir
+
+_ENCODED_AT_ONCE, _BLOCK = 500, 2048  # examples, queries
+
+
+@dataclasses.dataclass
+class InstructionData:
+    """The files of a run.
+
+    Attributes:
+        digest: of what is trained on.
+        lines: that tell people what the files hold.
+    """
+
+    data: TrainingData
+    train: list[ExampleSource]
+    valid: list[ExampleSource]
+    digest: str
+    lines: list[str]
+
+    @classmethod
+    def open(cls, config: PretrainConfig, data: TrainingData) -> "InstructionData":
+        """Read, encode and retrieve; every rank calls it.
+
+        Raises:
+            UserError: a file or line is wrong, nothing of a file fits, or the work dir has no index to ask.
+        """
+        given, seq_length = config.instructions, config.model.seq_length
+        check_seq_length(seq_length, data.table.chunk_length)
+        tokenizer = distributed.together(data.open_tokenizer)
+        files, lines = {}, []
+        for flag, items in (("--sft-data", given.sft_data), ("--sft-valid-data", given.sft_valid_data)):
+            sources = []
+            for weight, path in distributed.together(functools.partial(weighted, flag, items)):
+                examples = _encoded(config, data, tokenizer, flag, path)
+                neighbors = _neighbors(config, data, examples, path)
+                sources.append(ExampleSource(path, examples, weight, neighbors))
+                lines.append(_described(flag, path, examples, seq_length))
+            files[flag] = sources
+        prints = distributed.together(
+            lambda: [[source.weight, storage.fingerprint(source.path)] for source in files["--sft-data"]]
+        )
+        digest = storage.digest_of([data.digest, prints, given.qa_prompt])
+        return cls(data, files["--sft-data"], files["--sft-valid-data"], digest, lines)
+
+    def samples(self, config: PretrainConfig, split: str, num_samples: int | None) -> InstructionSamples:
+        """Samples of "train" or "valid"; the latter are each read once, and all that they have to read."""
+        training, retro = split == "train", config.active_retro
+        return InstructionSamples(
+            self.data.table,
+            self.train if training else self.valid,
+            database=self.data.table.database_documents(self.data.split_weights),
+            chunks_a_sample=config.model.seq_length // self.data.table.chunk_length,
+            seed=config.data.seed if training else 0,
+            pad=self.data.pad,
+            num_samples=num_samples,
+            num_neighbors=retro.retro_num_neighbors if retro else 0,
+            retrieval_dropout=retro.retro_retrieval_dropout if retro and training else 0.0,
+            random_neighbor_prob=retro.retro_random_neighbor_prob if retro and training else 0.0,
+        )
+
+
+def weighted(flag: str, items: tuple[str, ...]) -> list[tuple[float, pathlib.Path]]:
+    """`[WEIGHT] FILE …` as pairs, 0 where no weight is given.
+
+    Raises:
+        UserError: a weight has no file, is not above 0, or is given to some files only; or there is no such file.
+    """
+    pairs, rest = [], iter(items)
+    for item in rest:
+        weight, file = 0.0, item
+        if not pathlib.Path(item).is_file():
+            try:
+                weight, file = float(item), next(rest, "")
+            except ValueError:
+                raise UserError(f"{flag} {item}: no such file; give JSON lines") from None
+            if not 0 < weight < float("inf"):
+                raise UserError(f"{flag}: the weight {item} of {file or 'no file'} must be above 0")
+            if not pathlib.Path(file).is_file():
+                raise UserError(f"{flag} {item} {file}: no such file; give JSON lines")
+        pairs.append((weight, pathlib.Path(file)))
+    if 0 < sum(weight == 0 for weight, _ in pairs) < len(pairs):
+        raise UserError(f"{flag} gives a weight to some files only; give it to all or to none")
+    return pairs
+
+
+def _encoded(
+    config: PretrainConfig, data: TrainingData, tokenizer: Tokenizer, flag: str, path: pathlib.Path
+) -> Examples:
+    """A file's examples: each rank encodes a share, and gets all."""
+    seq_length, retro = config.model.seq_length, config.active_retro
+    template = config.instructions.qa_prompt
+    conversations = distributed.together(lambda: read_conversations(flag, path, template))
+    bounds = [len(conversations) * rank // distributed.world_size() for rank in range(distributed.world_size() + 1)]
+    share = conversations[bounds[distributed.rank()] : bounds[distributed.rank() + 1]]
+    encode = functools.partial(
+        Examples.of,
+        tokenizer=tokenizer,
+        chunk_length=data.table.chunk_length,
+        max_tokens=seq_length,
+        fill=filler(tokenizer),
+        num_neighbors=retro.retro_num_neighbors if retro else 0,
+    )
+
+    def parts() -> Iterator[Examples]:
+        with Progress(f"encode {path.name}", len(share), "examples") as progress:
+            for begin in range(0, max(1, len(share)), _ENCODED_AT_ONCE):
+                some = share[begin : begin + _ENCODED_AT_ONCE]
+                yield encode(some)
+                progress.advance(len(some))
+
+    mine = distributed.together(lambda: Examples.joined(list(parts())))
+    examples = Examples.joined(distributed.all_gather(mine))
+    if not len(examples):
+        raise UserError(
+            f"{flag} {path}: no example fits --seq-length {seq_length} with a token of its answer; take a larger one"
+        )
+    return examples
+
+
+def _described(flag: str, path: pathlib.Path, examples: Examples, seq_length: int) -> str:
+    counts, with_texts = examples.counts, int((examples.num_contexts > 0).sum())
+    tokens, predicted = len(examples.tokens.values), int(examples.is_answer.values.sum())
+    told = [
+        f"{len(examples):,} examples, {with_texts:,} of them with ctxs",
+        f"{tokens:,} tokens, {predicted / tokens:.1%} of them answers'",
+    ]
+    if counts.get("cut"):
+        told.append(f"{counts['cut']:,} cut at --seq-length {seq_length}")
+    if counts.get("skipped"):
+        told.append(f"{counts['skipped']:,} left out: their prompt alone fills --seq-length {seq_length}")
+    if counts.get("cut contexts"):
+        told.append(f"{counts['cut contexts']:,} texts of ctxs cut at two chunks")
+    if counts.get("left out"):
+        told.append(f"{counts['left out']:,} texts of ctxs beyond --retro-num-neighbors left out")
+    return f"{flag} {path}: {'; '.join(told)}"
+
+
+# ------------------------------------------------------------------------------------------------ retrieval
+
+
+def _neighbors(config: PretrainConfig, data: TrainingData, examples: Examples, path: pathlib.Path) -> np.ndarray:
+    """What the work dir has for the queries of a file's examples: ids [queries, K_saved] int64."""
+    queries, retro = examples.queries(data.table.chunk_length), config.active_retro
+    if retro is None or not len(queries):
+        return np.full((len(queries), 1), -1)
+    work = distributed.together(lambda: open_work_dir(str(config.retro.retro_work_dir)))
+    work.full = config.data.verify_data == "full"
+    work.verify(STAGES)
+    return _asked(work, data, retro, queries, config.run.save, f"retrieve for {path.name}")
+
+
+def _asked(
+    work: WorkDir, data: TrainingData, retro: RetroConfig, queries: np.ndarray, save: str | None, stage: str
+) -> np.ndarray:
+    saved = work.facts("neighbors")["num_neighbors"]
+    check_num_neighbors(retro.retro_num_neighbors, saved)
+    contents = xxhash.xxh3_128(queries.tobytes()).hexdigest()
+    digest = storage.digest_of([contents, work.manifest["stages"]["neighbors"]["digest"]])
+    folder = distributed.all_gather(distributed.together(lambda: _folder(work.path, save)))[0] / digest
+    begins = list(range(0, len(queries), _BLOCK))
+    paths = [folder / f"{begin}-{min(begin + _BLOCK, len(queries))}.npy" for begin in begins]
+    retriever: list[LiveRetriever] = []
+
+    def make(numbers: list[int], advance: Advance) -> None:
+        if not retriever:
+            retriever.append(LiveRetriever(work))
+        for number in numbers:
+            found = []
+            rows = queries[begins[number] : begins[number] + _BLOCK]
+            for some in np.array_split(rows, -(-len(rows) // 64)):
+                texts = retriever[0].tokenizer.decode(some.tolist())
+                ids, distances = retriever[0].search(texts, saved)
+                found.append(without_repeats(data.table, ids, distances, saved)[0])
+                advance(len(some))
+            storage.save_npy(paths[number], np.concatenate(found))
+
+    sizes = [min(_BLOCK, len(queries) - begin) for begin in begins]
+    make_blocks(stage, sizes, lambda number: paths[number].exists(), make)
+    return distributed.together(lambda: _loaded(paths, sizes, saved, data.table.num_chunks))
+
+
+def _loaded(paths: list[pathlib.Path], sizes: list[int], saved: int, num_chunks: int) -> np.ndarray:
+    blocks = []
+    for path, size in zip(paths, sizes, strict=True):
+        way_out = "remove it: it will be made again"
+        ids = np.array(load_array(path, np.int64, (size, saved), way_out=way_out))
+        if ids.min() < -1 or ids.max() >= num_chunks:
+            raise UserError(f"{path} holds ids {ids.min()} … {ids.max()} of {num_chunks} chunks; {way_out}")
+        blocks.append(ids)
+    return np.concatenate(blocks)
+
+
+def _folder(work: pathlib.Path, save: str | None) -> pathlib.Path:
+    try:
+        storage.check_writable("--retro-work-dir", work)
+    except UserError:
+        if not save:
+            raise
+        return pathlib.Path(save) / "sft"
+    return work / "sft"
