@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from megatron_retro.config import form
 from megatron_retro.config.flags import at_least, check_timeout, flag, flag_name
 from megatron_retro.errors import UserError
 
@@ -26,6 +27,12 @@ class RetroConfig:
     retro_encoder_hidden_size: int | None = flag(None, "width of the neighbor encoder", show="--hidden-size")
     retro_encoder_ffn_hidden_size: int | None = flag(None, "its MLP's width", show="in the decoder's proportion")
     retro_encoder_num_attention_heads: int | None = flag(None, "its heads", show="its width / --kv-channels")
+    retro_as_megatron_lm: str | None = flag(
+        None,
+        "compute what Megatron-LM's RETRO did, for its checkpoints: as it was before megatron-core, as with it, or as "
+        "with its later releases, which leave out the last normalization",
+        choices=tuple(form.MEGATRON_LM),
+    )
     retro_retrieval_dropout: float = flag(0.1, "share of training samples whose neighbors are all hidden")
     retro_random_neighbor_prob: float = flag(0.05, "share of training samples that get random neighbors")
     retro_max_overlap: float = flag(
@@ -52,6 +59,8 @@ class RetroConfig:
         if self.retro_encoder_num_attention_heads is None:
             assert model.kv_channels
             self.retro_encoder_num_attention_heads = max(1, self.retro_encoder_hidden_size // model.kv_channels)
+        if self.retro_as_megatron_lm:
+            self._check_as_megatron_lm(model)
         encoder = ("layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
         at_least(1, self, "retro_num_neighbors", *(f"retro_encoder_{field}" for field in encoder))
         for name in ("retro_retrieval_dropout", "retro_random_neighbor_prob", "retro_max_overlap"):
@@ -67,6 +76,23 @@ class RetroConfig:
                 raise UserError(
                     f"--retro-layers names layer {number}; --num-layers {model.num_layers} has 1 … {model.num_layers}"
                 )
+
+    def _check_as_megatron_lm(self, model: "ModelConfig") -> None:
+        for name in ("hidden_size", "ffn_hidden_size", "num_attention_heads"):
+            of_encoder, of_decoder = getattr(self, f"retro_encoder_{name}"), getattr(model, name)
+            if of_encoder != of_decoder:
+                raise UserError(
+                    f"{flag_name(f'retro_encoder_{name}')} is {of_encoder}, {flag_name(name)} {of_decoder}; with "
+                    "--retro-as-megatron-lm they must be the same"
+                )
+        for name in ("group_query_attention", "use_parallel_residual"):
+            if getattr(model, name):
+                raise UserError(f"Megatron-LM's RETRO had no {flag_name(name)}; leave it or --retro-as-megatron-lm out")
+
+    @property
+    def form(self) -> form.Form:
+        """What the model computes."""
+        return form.MEGATRON_LM[self.retro_as_megatron_lm] if self.retro_as_megatron_lm else form.OURS
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -98,6 +124,7 @@ class ModelConfig:
     normalization: str = flag("LayerNorm", "normalization", choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = flag(1e-5, "epsilon of the normalization")
     swiglu: bool = flag(False, "SwiGLU in place of GELU")
+    squared_relu: bool = flag(False, "squared ReLU in place of GELU")
     openai_gelu: bool = flag(False, "GELU by its tanh approximation, as GPT-2 has it")
     disable_bias_linear: bool = flag(False, "linear layers without biases")
     add_qkv_bias: bool = flag(False, "biases of queries, keys and values although --disable-bias-linear, as Qwen2 has")
@@ -130,8 +157,9 @@ class ModelConfig:
                 f"--rotary-percent {self.rotary_percent} turns {self.rotary_width} numbers of --kv-channels "
                 f"{self.kv_channels}; they must be even in number, at least 2"
             )
-        if self.swiglu and self.openai_gelu:
-            raise UserError("--swiglu and --openai-gelu are two activation functions; leave one out")
+        activations = [flag_name(name) for name in ("swiglu", "squared_relu", "openai_gelu") if getattr(self, name)]
+        if len(activations) > 1:
+            raise UserError(f"{' and '.join(activations)} are different activation functions; leave one out")
         if self.ffn_hidden_size is None:
             glu_width = -(-self.hidden_size * 8 // 3 // 64) * 64
             self.ffn_hidden_size = glu_width if self.swiglu else 4 * self.hidden_size

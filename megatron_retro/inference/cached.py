@@ -36,10 +36,6 @@ class Arrivals:
     tokens_nxKxR: Tensor
     lengths_nxK: Tensor
 
-    @property
-    def neighbors(self) -> Neighbors:
-        return Neighbors.of(self.tokens_nxKxR[:, None], self.lengths_nxK[:, None])
-
 
 @dataclasses.dataclass
 class _Read:
@@ -98,7 +94,7 @@ class CachedModel:
         neighbors = None
         if self._num_neighbors:
             assert neighbor_tokens_BxLxKxR is not None and lengths_BxLxK is not None
-            neighbors = Neighbors.of(neighbor_tokens_BxLxKxR, lengths_BxLxK)
+            neighbors = self._model.neighbors(neighbor_tokens_BxLxKxR, lengths_BxLxK)
         self.length = lengths.clone()
         last = (lengths - 1)[None, :, None]
 
@@ -156,7 +152,9 @@ class CachedModel:
             logits [B, V] behind it.
         """
         position, num_samples = self.length, len(tokens)
-        neighbors = arrivals.neighbors if arrivals is not None and self._num_neighbors else None
+        neighbors = None
+        if arrivals is not None and self._num_neighbors:
+            neighbors = self._model.neighbors(arrivals.tokens_nxKxR[:, None], arrivals.lengths_nxK[:, None])
         seen = int(position.max()) + 1
         mask = (torch.arange(seen, device=self._device) <= position[:, None])[:, None, None]
         if neighbors is not None:
@@ -323,4 +321,4 @@ class CachedModel:
             handle.remove()
 
     def _angles(self) -> Tensor:
-        return self._decoder.angles(self._decoder.retrieved_length)
+        return self._decoder.reading_angles()

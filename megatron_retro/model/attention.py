@@ -22,6 +22,7 @@ from megatron_retro.mcore import (
     MegatronModule,
     RowParallelLinear,
     TransformerConfig,
+    device,
     fused_attention,
     get_cuda_rng_tracker,
     one_kernel,
@@ -58,11 +59,20 @@ def rotate(x_TxNxHxE: Tensor, angles_TxNx1xE: Tensor) -> Tensor:
 
     Where the angles are fewer than E, the heads' last numbers stay as they are.
     """
+    if not angles_TxNx1xE.shape[-1]:
+        return x_TxNxHxE
     width, angles = angles_TxNx1xE.shape[-1], angles_TxNx1xE[..., : angles_TxNx1xE.shape[-1] // 2]
     if width == x_TxNxHxE.shape[-1]:
         return _Rotation.apply(x_TxNxHxE, angles)
     turned, rest = x_TxNxHxE.split([width, x_TxNxHxE.shape[-1] - width], -1)
     return torch.cat((_Rotation.apply(turned, angles), rest), -1)
+
+
+class NoAngles(torch.nn.Module):
+    """In the place of angles, where nothing has rotary positions."""
+
+    def forward(self, num_positions: int) -> Tensor:
+        return torch.empty(num_positions, 1, 1, 0, device=device())
 
 
 class _Rotation(torch.autograd.Function):

@@ -1,7 +1,9 @@
 """RetroDecoder: the whole idea in one forward."""
 
+import torch
 from torch import Tensor
 
+from megatron_retro.config.form import Form
 from megatron_retro.mcore import (
     MegatronModule,
     RotaryEmbedding,
@@ -9,7 +11,7 @@ from megatron_retro.mcore import (
     initial_weights,
     layers_of_this_stage,
 )
-from megatron_retro.model.attention import ChunkedCrossAttention, Order, Pattern
+from megatron_retro.model.attention import ChunkedCrossAttention, NoAngles, Order, Pattern
 from megatron_retro.model.encoder import RetroEncoder
 from megatron_retro.model.layer import Layer, LayerStack, Norm
 from megatron_retro.model.neighbors import Neighbors
@@ -26,9 +28,10 @@ class RetroDecoder(MegatronModule):
         vocab_size: padded vocabulary, for the encoder's embedding.
         chunk_length: C.
         angles: of rotary positions.
-        rotary: whether self-attention has them; cross-attention always does.
+        rotary: whether self-attention has them.
+        form: what RETRO computes; cross-attention has rotary positions if it says so.
         parallel_residual: whether each layer's MLP lies beside its self-attention.
-        final_norm: whether this is the last stage.
+        last_stage: whether this stage has the normalization behind the last layer.
         recompute: what the backward pass makes again.
         seed: of the initial weights.
         vp_stage: which of this rank's virtual stages; None where there is one.
@@ -44,8 +47,9 @@ class RetroDecoder(MegatronModule):
         chunk_length: int,
         angles: RotaryEmbedding,
         rotary: bool,
+        form: Form,
         parallel_residual: bool,
-        final_norm: bool,
+        last_stage: bool,
         recompute: Recompute,
         seed: int,
         vp_stage: int | None = None,
@@ -54,6 +58,7 @@ class RetroDecoder(MegatronModule):
         self.first_retro_layer = min(retro_layers, default=0)
         self.retrieved_length = 2 * chunk_length
         self.angles, self.rotary = angles, rotary
+        self._reading_angles = angles if form.rotary_reading else NoAngles()
         self.layers = LayerStack(config)
         self.encoder: RetroEncoder | None = None
         numbers = layers_of_this_stage(config, vp_stage)
@@ -82,11 +87,19 @@ class RetroDecoder(MegatronModule):
                 config.hidden_size,
                 chunk_length,
                 self.retrieved_length,
-                angles,
+                self._reading_angles,
+                not rotary and not form.rotary_reading,
+                form,
                 recompute,
                 seed,
             )
-        self.final_layernorm = Norm(config) if final_norm else None
+        self.final_layernorm: torch.nn.Module | None = None
+        if last_stage:
+            self.final_layernorm = Norm(config) if form.decoder_norm else torch.nn.Identity()
+
+    def reading_angles(self) -> Tensor:
+        """Of rotary positions in cross-attention, [R, 1, 1, E]; E is 0 where it has none."""
+        return self._reading_angles(self.retrieved_length)
 
     def forward(
         self,
@@ -119,7 +132,7 @@ class RetroDecoder(MegatronModule):
                     assert self.encoder is not None and layer.pre_cross_attn_layernorm is not None
                     encoded_RxKMxD = self.encoder(neighbors, layer.pre_cross_attn_layernorm(x_SxBxD))
                 assert encoded_RxKMxD is not None
-                x_SxBxD = layer.read(x_SxBxD, encoded_RxKMxD, neighbors, self.angles(self.retrieved_length))
+                x_SxBxD = layer.read(x_SxBxD, encoded_RxKMxD, neighbors, self.reading_angles())
             x_SxBxD = layer.feed_forward(x_SxBxD)
         if self.final_layernorm is not None:
             x_SxBxD = self.final_layernorm(x_SxBxD)

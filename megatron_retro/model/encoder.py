@@ -1,7 +1,9 @@
 """RetroEncoder: retrieved tokens, read in the light of the chunk they were retrieved for."""
 
+import torch
 from torch import Tensor
 
+from megatron_retro.config.form import Form
 from megatron_retro.mcore import (
     LanguageModelEmbedding,
     MegatronModule,
@@ -9,7 +11,7 @@ from megatron_retro.mcore import (
     TransformerConfig,
     initial_weights,
 )
-from megatron_retro.model.attention import EncoderCrossAttention, Pattern
+from megatron_retro.model.attention import EncoderCrossAttention, NoAngles, Pattern
 from megatron_retro.model.layer import Layer, LayerStack, Norm
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.recompute import Recompute
@@ -29,6 +31,8 @@ class RetroEncoder(MegatronModule):
         chunk_length: C.
         retrieved_length: R.
         angles: of rotary positions.
+        learned_positions: whether the embedding has positions too.
+        form: what is computed.
         recompute: what the backward pass makes again.
         seed: of the initial weights.
     """
@@ -40,23 +44,33 @@ class RetroEncoder(MegatronModule):
         decoder_hidden_size: int,
         chunk_length: int,
         retrieved_length: int,
-        angles: RotaryEmbedding,
+        angles: RotaryEmbedding | NoAngles,
+        learned_positions: bool,
+        form: Form,
         recompute: Recompute,
         seed: int,
     ):
         super().__init__(config)
         self.angles = angles
         with initial_weights(seed, "embedding"):
-            self.embedding = LanguageModelEmbedding(config, vocab_size, retrieved_length, "rope")
+            positions = "learned_absolute" if learned_positions else "rope"
+            self.embedding = LanguageModelEmbedding(config, vocab_size, retrieved_length, positions)
         with initial_weights(seed, "encoder"):
             reads = EncoderCrossAttention(config, decoder_hidden_size, chunk_length)
             self.layers = LayerStack(config)
             for number in range(1, config.num_layers + 1):
                 cross_attention = reads if number == 1 else None
                 self.layers.append(
-                    Layer(config, number, causal=False, recompute=recompute, cross_attention=cross_attention)
+                    Layer(
+                        config,
+                        number,
+                        causal=False,
+                        normed_residual=form.normed_residual,
+                        recompute=recompute,
+                        cross_attention=cross_attention,
+                    )
                 )
-        self.final_layernorm = Norm(config)
+        self.final_layernorm = Norm(config) if form.encoder_norm else torch.nn.Identity()
 
     def forward(self, neighbors: Neighbors, decoder_SxBxD: Tensor) -> Tensor:
         """Encode all neighbors of a batch.
@@ -68,7 +82,9 @@ class RetroEncoder(MegatronModule):
         Returns:
             [R, K·M, encoder width]; under sequence parallelism this rank's part of R.
         """
-        x, angles = self.embedding(neighbors.tokens_KMxR, None), self.angles(neighbors.tokens_KMxR.shape[1])
+        tokens = neighbors.tokens_KMxR
+        angles, positions = self.angles(tokens.shape[1]), torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.embedding(tokens, positions.expand_as(tokens))
         pattern = Pattern(angles, mask=neighbors.token_mask)
         for layer in self.layers:
             x = layer.attend(x, pattern)

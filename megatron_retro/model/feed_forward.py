@@ -18,7 +18,7 @@ from megatron_retro.model.recompute import Recompute
 
 
 class FeedForward(MLP):
-    """GELU in either form, or SwiGLU (arXiv 2002.05202, eq. 6), between two linear layers.
+    """Two linear layers, with GELU in either form, squared ReLU or SwiGLU (arXiv 2002.05202, eq. 6) between them.
 
     Args:
         recompute: what the backward pass makes again.
@@ -42,6 +42,11 @@ class FeedForward(MLP):
 def gelu_by_tanh(x: Tensor) -> Tensor:
     """GELU's approximation (Hendrycks and Gimpel, arXiv 1606.08415, §2)."""
     return F.gelu(x, approximate="tanh")
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)² (So et al., arXiv 2109.08668, §3)."""
+    return F.relu(x).square()
 
 
 def swiglu(x: Tensor) -> Tensor:

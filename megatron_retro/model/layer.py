@@ -58,6 +58,7 @@ class Layer(MegatronModule):
         number: of the layer, from 1.
         causal: whether self-attention looks back only.
         parallel: whether the MLP lies beside self-attention.
+        normed_residual: whether cross-attention is added to x normalized.
         recompute: what the backward pass makes again.
         cross_attention: what `read` runs; None in layers that read nothing.
     """
@@ -69,11 +70,12 @@ class Layer(MegatronModule):
         *,
         causal: bool,
         parallel: bool = False,
+        normed_residual: bool = False,
         recompute: Recompute,
         cross_attention: CrossAttention | None = None,
     ):
         super().__init__(config)
-        self._recompute, self._parallel = recompute, parallel
+        self._recompute, self._parallel, self._normed_residual = recompute, parallel, normed_residual
         head_norm = Norm if config.qk_layernorm else None
         submodules = SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
@@ -103,7 +105,8 @@ class Layer(MegatronModule):
         """x [S, N, D] + cross-attention to `source`: the encoded neighbors, or in the encoder the decoder's states."""
         assert callable(self.cross_attention) and self.pre_cross_attn_layernorm is not None
         reads = functools.partial(self.cross_attention, neighbors=neighbors, angles=angles)
-        return self._recompute.step(functools.partial(self._branch, self.pre_cross_attn_layernorm, reads), x, source)
+        sum_ = self.pre_cross_attn_layernorm(x) if self._normed_residual else x
+        return self._recompute.step(functools.partial(self._add, self.pre_cross_attn_layernorm, reads), sum_, x, source)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """x [S, N, D] + MLP, where that is still to do."""

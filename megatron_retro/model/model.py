@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_retro.config.form import OURS
 from megatron_retro.config.model import ModelConfig, ParallelConfig, RetroConfig
 from megatron_retro.mcore import (
     ColumnParallelLinear,
@@ -21,7 +22,7 @@ from megatron_retro.mcore import (
 )
 from megatron_retro.model.attention import Order, causal_within, first_positions
 from megatron_retro.model.decoder import RetroDecoder
-from megatron_retro.model.feed_forward import gelu_by_tanh
+from megatron_retro.model.feed_forward import gelu_by_tanh, squared_relu
 from megatron_retro.model.loss import cross_entropy
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.packing import boundary_rows, pack, unpack
@@ -63,6 +64,7 @@ class RetroModel(LanguageModule):
         self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         self.share_embeddings_and_output_weights = not model.untie_embeddings_and_output_weights
+        self._form = retro.form if retro else OURS
         self.retrieved_shape: tuple[int, int] | None = None  # R, width of the encoder's output
         if retro:
             assert retro.retro_encoder_hidden_size
@@ -81,8 +83,9 @@ class RetroModel(LanguageModule):
             vocab_size=vocab_size,
             chunk_length=chunk_length,
             angles=rotary_positions(model),
+            form=self._form,
             rotary=model.position_embedding_type == "rope",
-            final_norm=self.post_process,
+            last_stage=self.post_process,
             parallel_residual=model.use_parallel_residual,
             recompute=Recompute(parallel.recompute_granularity),
             seed=seed,
@@ -136,7 +139,7 @@ class RetroModel(LanguageModule):
         neighbors = encoded = None
         if neighbor_tokens_BxLxKxR is not None and neighbor_tokens_BxLxKxR.numel() and self.retrieved_shape:
             assert neighbor_lengths_BxLxK is not None
-            neighbors = Neighbors.of(neighbor_tokens_BxLxKxR, neighbor_lengths_BxLxK, neighbor_chunks_M)
+            neighbors = self.neighbors(neighbor_tokens_BxLxKxR, neighbor_lengths_BxLxK, neighbor_chunks_M)
         if self.pre_process:
             positions = torch.arange(num_positions, device=tokens_BxS.device).expand(num_samples, -1)
             if examples_BxS is not None:
@@ -160,6 +163,12 @@ class RetroModel(LanguageModule):
             logits_SxBxV, _ = self.output_layer(x_SxBxD, weight=self.output_weight())
             return logits_SxBxV.transpose(0, 1)
         return self._loss(x_SxBxD, labels_BxS, loss_mask_BxS)
+
+    def neighbors(self, tokens_BxLxKxR: Tensor, lengths_BxLxK: Tensor, chunks_M: Tensor | None = None) -> Neighbors:
+        """`Neighbors.of`, as this model reads them."""
+        if not self._form.hides_padding:
+            lengths_BxLxK = torch.where(lengths_BxLxK > 0, tokens_BxLxKxR.shape[-1], 0)
+        return Neighbors.of(tokens_BxLxKxR, lengths_BxLxK, chunks_M)
 
     def _loss(self, x_SxBxD: Tensor, labels_BxS: Tensor, loss_mask_BxS: Tensor | None) -> tuple[Tensor, Tensor]:
         await_weights(self.output_layer)
@@ -289,6 +298,8 @@ def activation(model: ModelConfig) -> Callable[[Tensor], Tensor]:
     """The MLP's activation function; with SwiGLU that of its gate."""
     if model.swiglu:
         return torch.nn.functional.silu
+    if model.squared_relu:
+        return squared_relu
     return gelu_by_tanh if model.openai_gelu else torch.nn.functional.gelu
 
 
