@@ -27,6 +27,13 @@ RETRO_SHAPE = dict(
     retro_encoder_ffn_hidden_size=38,
     retro_encoder_num_attention_heads=3,
 )
+AS_MEGATRON_LM = dict(
+    retro_as_megatron_lm="core-unnormed",
+    retro_encoder_hidden_size=SHAPE["hidden_size"],
+    retro_encoder_ffn_hidden_size=SHAPE["ffn_hidden_size"],
+    retro_encoder_num_attention_heads=SHAPE["num_attention_heads"],
+    position_embedding_type="learned_absolute",
+)
 
 
 def initialize() -> None:
@@ -37,12 +44,14 @@ def initialize() -> None:
 
 
 def make_configs(*, retro: bool = True, **flags: object) -> tuple[ModelConfig, RetroConfig | None]:
-    """Finished shapes; `flags` are fields of `ModelConfig` that differ from `SHAPE`."""
-    model = ModelConfig(**{**SHAPE, "rotary_base": ROTARY_BASE, **flags})
+    """Finished shapes; `flags` are fields of `ModelConfig` and `RetroConfig` that differ from those above."""
+    of_retro = {name: value for name, value in flags.items() if name.startswith("retro_")}
+    of_model = {name: value for name, value in flags.items() if name not in of_retro}
+    model = ModelConfig(**{**SHAPE, "rotary_base": ROTARY_BASE, **of_model})
     model.finish()
     neighbors = None
     if retro:
-        neighbors = RetroConfig(retro_add_retriever=True, **RETRO_SHAPE)
+        neighbors = RetroConfig(retro_add_retriever=True, **{**RETRO_SHAPE, **of_retro})
         neighbors.finish(model)
     return model, neighbors
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from launch import run, run_forked
-from model_helpers import C, K, R, V, make_model, make_neighbors, make_tokens
+from model_helpers import AS_MEGATRON_LM, C, K, R, V, make_model, make_neighbors, make_tokens
 from torch import Tensor
 
 from megatron_retro.config.flags import parse
@@ -28,6 +28,7 @@ MODELS = {
     "rotary": {},
     "learned": {"position_embedding_type": "learned_absolute"},
     "grouped": {"group_query_attention": True, "num_query_groups": 2, "swiglu": True, "disable_bias_linear": True},
+    "Megatron-LM's": AS_MEGATRON_LM,
 }
 
 

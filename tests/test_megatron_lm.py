@@ -1,5 +1,8 @@
 """Megatron-LM's checkpoints: their logits, at any layout they were saved at and under any of their names."""
 
+import os
+import pathlib
+
 import megatron_lm_helpers as theirs
 import pytest
 import torch
@@ -8,10 +11,12 @@ from model_helpers import initialize
 
 from megatron_retro.config.flags import from_dict
 from megatron_retro.config.parallel import TrainingParallelConfig
+from megatron_retro.errors import UserError
 from megatron_retro.interop.megatron_lm import MegatronCheckpoint
 from megatron_retro.model.model import RetroModel
 from megatron_retro.training.checkpoint import _Shape
 
+OLD_GPT = Old("local", retro=False)
 CLOSE = dict(rtol=0, atol=1e-5)
 MODELS = {
     "core, Transformer Engine": (Old("fused"), dict(tensor=4)),
@@ -58,3 +63,101 @@ def test_logits_equal_the_old_model(name, tmp_path):
         expected = computed.logits(tokens[b], neighbors[b] if old.retro else None)
         torch.testing.assert_close(logits[b].double(), expected, **CLOSE)
         assert expected.std() > 0.3
+
+
+# ------------------------------------------------------------------------------------------------ what it refuses
+
+
+class Bomb:
+    """Runs a program wherever an ordinary reader of pickles meets it."""
+
+    def __init__(self, mark: pathlib.Path):
+        self.command = f"touch {mark}"
+
+    def __reduce__(self) -> tuple:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("hidden_in", ["args", "model", "optimizer"])
+def test_a_pickle_runs_nothing(hidden_in, tmp_path):
+    mark, file = tmp_path / "mark", one_shard(tmp_path / "old")
+    content = torch.load(file, weights_only=False)
+    bomb = Bomb(mark)
+    if hidden_in == "args":
+        content["args"].spec = [bomb, {bomb: bomb}]
+    else:
+        content[hidden_in]["bomb"] = bomb
+    torch.save(content, file)
+    with pytest.raises(UserError, match="--trust-pickle"):
+        MegatronCheckpoint(tmp_path / "old", trust_pickle=False)
+    source = MegatronCheckpoint(tmp_path / "old", trust_pickle=True)
+    assert torch.equal(source.tensor("decoder.final_layernorm.bias"), content["model"]["decoder.final_layernorm.bias"])
+    assert not mark.exists()
+    torch.load(file, weights_only=False)  # an ordinary reader
+    assert mark.exists()
+
+
+def one_shard(root: pathlib.Path, tensor: int = 1, old: Old = OLD_GPT) -> pathlib.Path:
+    return theirs.save(root, old, old.weights(), tensor=tensor) / "mp_rank_00" / "model_optim_rng.pt"
+
+
+def changed(file: pathlib.Path, change) -> None:
+    content = torch.load(file, weights_only=False)
+    change(content)
+    torch.save(content, file)
+
+
+NORM, QKV = "decoder.layers.2.pre_mlp_layernorm.weight", "decoder.layers.2.self_attention.linear_qkv.weight"
+REFUSED = {
+    "no args": (lambda content: content.pop("args"), "mp_rank_00/model_optim_rng.pt has no 'args'"),
+    "no shape": (lambda content: delattr(content["args"], "hidden_size"), "its args have no hidden_size"),
+    "another iteration": (lambda content: content.update(iteration=1), r"of iteration 1200, .* of 1;"),
+    "an old version": (lambda content: content.update(checkpoint_version=1.0), "of checkpoint version 1.0"),
+    "another shape": (
+        lambda content: content["model"].update({QKV: torch.ones(5, 3)}),
+        rf"mp_rank_01/.*: tensor {QKV} is \[96, 26\], in .*mp_rank_00/.* \[5, 3\]",
+    ),
+    "a tensor less": (lambda content: content["model"].pop(NORM), f"holds a tensor {NORM} that"),
+    "a tensor more": (lambda content: content["model"].update(new=torch.ones(3)), r"lacks the tensor new \[3\]"),
+    "virtual stages": (lambda content: content.update(model0={}), "virtual pipeline stages"),
+    "experts": (lambda content: vars(content["args"]).update(num_experts=8), "num_experts 8"),
+    "a text for a number": (lambda content: vars(content["args"]).update(num_layers="many"), "num_layers 'many'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_shards_that_do_not_fit(name, tmp_path):
+    change, message = REFUSED[name]
+    changed(one_shard(tmp_path, tensor=2), change)
+    with pytest.raises(UserError, match=message):
+        MegatronCheckpoint(tmp_path, trust_pickle=True)
+
+
+def test_files_that_do_not_fit(tmp_path):
+    file = one_shard(tmp_path, tensor=2)
+
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            MegatronCheckpoint(tmp_path, trust_pickle=True)
+
+    whole = file.read_bytes()
+    for damaged in (b"", b"PK", whole[: len(whole) // 2], whole.replace(b"hidden_size", b"hidden_sze!")):
+        file.write_bytes(damaged)
+        refused("mp_rank_00/model_optim_rng.pt")
+    file.write_bytes(whole)
+    file.parent.rename(file.parent.with_name("mp_rank_07"))
+    refused("holds no mp_rank_00")
+    file.parent.with_name("mp_rank_07").rename(file.parent)
+    file.parent.with_name("mp_rank_01").rename(tmp_path / "aside")
+    refused("shard mp_rank_01 is missing")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("70")
+    refused("names 70, but there is no iter_0000070")
+
+
+def test_the_tracker_may_name_a_release(tmp_path):
+    one_shard(tmp_path)
+    (tmp_path / "iter_0001200").rename(tmp_path / "release")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release\n")
+    source = MegatronCheckpoint(tmp_path, trust_pickle=True)
+    assert source.path == tmp_path / "release"
+    assert MegatronCheckpoint(tmp_path / "release", trust_pickle=True).names() == source.names()
