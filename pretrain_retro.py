@@ -26,7 +26,7 @@ def main() -> None:
         from megatron_retro.interop.source import open_source
         from megatron_retro.training.fit import adopt
 
-        source = open_source("--retro-fit-from", given["retro_fit_from"])
+        source = open_source("--retro-fit-from", given["retro_fit_from"], given.get("trust_pickle", False))
         return adopt(given, source)
 
     config = parse(PretrainConfig, description=(__doc__ or "").splitlines()[0], complete=with_shape)

@@ -9,12 +9,12 @@ import torch
 from megatron_lm_helpers import B, Computed, Old
 from model_helpers import initialize
 
-from megatron_retro.config.flags import from_dict
 from megatron_retro.config.parallel import TrainingParallelConfig
 from megatron_retro.errors import UserError
 from megatron_retro.interop.megatron_lm import MegatronCheckpoint
 from megatron_retro.model.model import RetroModel
-from megatron_retro.training.checkpoint import _Shape
+from megatron_retro.training.checkpoint import shape_of
+from megatron_retro.training.fit import fit
 
 OLD_GPT = Old("local", retro=False)
 CLOSE = dict(rtol=0, atol=1e-5)
@@ -32,18 +32,14 @@ MODELS = {
 
 def load(source: MegatronCheckpoint) -> RetroModel:
     initialize()
-    shape = from_dict(_Shape, {**source.flags, "seq_length": theirs.S})
-    shape.model.finish()
-    shape.retro.finish(shape.model)
+    shape = shape_of({**source.flags, "seq_length": theirs.S})
     retro = shape.retro if shape.retro.retro_add_retriever else None
     parallel = TrainingParallelConfig()
     parallel.finish(1, shape.model, retro)
     model = RetroModel(shape.model, retro, parallel, source.vocab_size, source.chunk_length or 3, seed=1)
-    weights = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
-    assert set(weights) == set(source.names())
-    for name, weight in weights.items():
-        assert tuple(weight.shape) == source.shape(name) == tuple(source.tensor(name).shape), name
-        weight.copy_(source.tensor(name))
+    fitted = fit([model], source)
+    assert not fitted.new
+    assert all(source.shape(name) == tuple(source.tensor(name).shape) for name in source.names())
     return model.eval()
 
 

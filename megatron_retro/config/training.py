@@ -90,8 +90,10 @@ class RunConfig:
     ckpt_step: int | None = flag(None, "update to resume from", show="the newest")
     retro_fit_from: str | None = flag(
         None,
-        "start from the weights of a model: checkpoints of this project, GPT or RETRO, or a Hugging Face directory",
+        "start from the weights of a model, GPT or RETRO: checkpoints of this project or of Megatron-LM, or a Hugging "
+        "Face directory",
     )
+    trust_pickle: bool = flag(False, "let --retro-fit-from read Megatron-LM's .pt files, which are pickles, as data")
     eval_interval: int | None = flag(None, "updates between evaluations", show="at the end alone")
     eval_iters: int = flag(10, "global batches an evaluation; 0 turns it off")
     log_interval: int = flag(10, "updates between log lines")

@@ -94,16 +94,25 @@ class HuggingFaceDirectory:
         return next((self.path / name for name in names if (self.path / name).is_file()), None)
 
     def check_tokenizer(self, digest: str, file: pathlib.Path) -> None:
-        own = self.tokenizer_file()
-        if own is None or fingerprint(own) == fingerprint(file):
-            return
-        theirs, ours = (Tokenizer.open(path).encode(list(_PROBES)) for path in (own, file))
-        for text, their_ids, our_ids in zip(_PROBES, theirs, ours, strict=True):
-            if their_ids != our_ids:
-                raise UserError(
-                    f"the tokenizer {own} writes {text!r} as {their_ids[:8]}…, the work dir's as {our_ids[:8]}…; build "
-                    f"the work dir with --tokenizer-model {own}"
-                )
+        if own := self.tokenizer_file():
+            check_same_ids(own, file)
+
+
+def check_same_ids(own: pathlib.Path, file: pathlib.Path) -> None:
+    """Compare a model's tokenizer with a work dir's.
+
+    Raises:
+        UserError: the same text has other ids.
+    """
+    if fingerprint(own) == fingerprint(file):
+        return
+    theirs, ours = (Tokenizer.open(path).encode(list(_PROBES)) for path in (own, file))
+    for text, their_ids, our_ids in zip(_PROBES, theirs, ours, strict=True):
+        if their_ids != our_ids:
+            raise UserError(
+                f"the tokenizer {own} writes {text!r} as {their_ids[:8]}…, the work dir's as {our_ids[:8]}…; build "
+                f"the work dir with --tokenizer-model {own}"
+            )
 
 
 class TensorFiles:

@@ -7,19 +7,20 @@
 Its names become ours, its shards whole tensors. Which form of RETRO it is (`config/form.py`) shows in the names.
 """
 
-import functools
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from megatron_retro.errors import UserError
 from megatron_retro.interop import saved
+from megatron_retro.interop.hugging_face import check_same_ids
 from megatron_retro.interop.megatron_lm_args import Args, flags_of
 from megatron_retro.interop.saved import Stored
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from megatron_retro.training.checkpoint import weight_flags
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _SHARD = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?")
@@ -56,11 +57,12 @@ _OUTPUT = ("output_layer.weight", "word_embeddings_for_head.weight")  # of the l
 _BY_ROWS = re.compile(r"(word_embeddings|output_layer|linear_qkv|linear_q|linear_kv|linear_fc1)\.(weight|bias)$")
 _BY_COLUMNS = re.compile(r"(linear_proj|linear_fc2)\.weight$")
 _NORM_WEIGHT = re.compile(r"norm\.weight$")
+_CHUNK_LENGTH = 64  # of all RETROs of Megatron-LM that do not say it
 _FROM_DECODER = "decoder.encoder."  # + embedding…: Megatron-LM's encoder had none of its own
 
 
 class MegatronCheckpoint:
-    """A checkpoint of Megatron-LM; see `source.Source`.
+    """A GPT or RETRO of Megatron-LM; see `fit.Source`.
 
     Args:
         path: the directory with the tracker file, or one of an iteration.
@@ -86,12 +88,15 @@ class MegatronCheckpoint:
         self._stages = args.whole("pipeline_model_parallel_size", otherwise=1)
         self._check_shards(files)
         self._weights = self._named()
-        self.flags: dict[str, Any] = flags_of(args, set(self._weights), is_legacy=first.is_legacy)
+        flags = flags_of(args, set(self._weights), is_legacy=first.is_legacy)
+        self.flags: dict[str, Any] = weight_flags(flags)
+        self.max_positions: int = flags["max_position_embeddings"]
+        self.longest: int | None = self.flags.get("max_position_embeddings")
         self._gate = args.number("retro_attention_gate", otherwise=1.0) if first.is_legacy else 1.0
         is_retro = self.flags["retro_add_retriever"]
-        self.chunk_length = (
-            args.whole("retro_chunk_length", "retro_gpt_chunk_length", otherwise=64) if is_retro else None
-        )
+        self.chunk_length: int | None = None
+        if is_retro:
+            self.chunk_length = args.whole("retro_chunk_length", "retro_gpt_chunk_length", otherwise=_CHUNK_LENGTH)
         if not self.flags["untie_embeddings_and_output_weights"]:
             self._weights.pop("output_layer.weight", None)
         if is_retro:
@@ -117,9 +122,7 @@ class MegatronCheckpoint:
             columns[0] *= len(parts)
         return (min(rows, self._positions_of(name) or rows), *columns)
 
-    def tensor(self, name: str) -> "Tensor":
-        import torch
-
+    def tensor(self, name: str) -> Tensor:
         tensors = [part.tensor() for part in self._parts(name)]
         if _BY_COLUMNS.search(name):
             tensor = torch.cat(tensors, 1)
@@ -136,7 +139,12 @@ class MegatronCheckpoint:
         return tensor[: self._positions_of(name)]
 
     def tokenizer_file(self) -> pathlib.Path | None:
+        """The SentencePiece model beside the shards, if there is one."""
         return next(iter(sorted(self._directory.glob("*.model"))), None)
+
+    def check_tokenizer(self, digest: str, file: pathlib.Path) -> None:
+        if own := self.tokenizer_file():
+            check_same_ids(own, file)
 
     # ------------------------------------------------------------------------------------------------ shards
 
@@ -189,8 +197,10 @@ class MegatronCheckpoint:
 
     def _positions_of(self, name: str) -> int | None:
         """Rows of the encoder's table of positions; None for other tensors."""
-        assert self.chunk_length or not name.startswith(_FROM_DECODER)
-        return 2 * self.chunk_length if name == f"{_FROM_DECODER}embedding.position_embeddings.weight" else None
+        if name != f"{_FROM_DECODER}embedding.position_embeddings.weight":
+            return None
+        assert self.chunk_length
+        return 2 * self.chunk_length
 
 
 class _Shard:
@@ -258,7 +268,9 @@ def _our_name(name: str, shard: _Shard) -> str:
 
 
 def _renamed(name: str, rules: list[tuple[str, str]]) -> str:
-    return functools.reduce(lambda name, rule: re.sub(*rule, name), rules, name)
+    for theirs, ours in rules:
+        name = re.sub(theirs, ours, name)
+    return name
 
 
 def _renumbered(name: str, layers_before: int) -> str:

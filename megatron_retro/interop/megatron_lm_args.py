@@ -7,7 +7,7 @@ from typing import Any
 from megatron_retro.errors import UserError
 
 # Arguments whose other values make a model that none of our flags gives.
-_ONLY = dict.fromkeys(
+_ONLY: dict[str, tuple[Any, ...]] = dict.fromkeys(
     ("apply_residual_connection_post_layernorm", "rotary_interleaved", "multi_latent_attention", "quick_geglu"),
     (False,),
 )

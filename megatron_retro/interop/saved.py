@@ -18,16 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # What pickles and archives raise when they are damaged, or made to harm.
-_DAMAGE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    NotImplementedError,
-    EOFError,
-    OSError,
-    RecursionError,
-    MemoryError,
-)
-_DAMAGE += (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_DAMAGE: tuple[type[Exception], ...] = (pickle.UnpicklingError, zipfile.BadZipFile, NotImplementedError, EOFError)
+_DAMAGE += (OSError, RecursionError, MemoryError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _DTYPES = dict(Double="float64", Float="float32", Half="float16", BFloat16="bfloat16", Long="int64", Int="int32")
 _DTYPES |= dict(Short="int16", Char="int8", Byte="uint8", Bool="bool")
 _BYTES = dict(float64=8, float32=4, float16=2, bfloat16=2, int64=8, int32=4, int16=2, int8=1, uint8=1, bool=1)

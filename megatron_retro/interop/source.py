@@ -7,11 +7,12 @@ from megatron_retro.training import checkpoint_files
 from megatron_retro.training.fit import Source
 
 
-def open_source(flag: str, directory: str) -> Source:
+def open_source(flag: str, directory: str, trust_pickle: bool = False) -> Source:
     """Look what a directory holds, and open it.
 
     Args:
         flag: that names the directory.
+        trust_pickle: whether the user has said that pickles may be read.
 
     Raises:
         UserError: nothing known, or it is damaged.
@@ -27,7 +28,11 @@ def open_source(flag: str, directory: str) -> Source:
         from megatron_retro.interop.hugging_face import HuggingFaceDirectory
 
         return HuggingFaceDirectory(path)
+    from megatron_retro.interop.megatron_lm import MegatronCheckpoint, is_megatron
+
+    if is_megatron(path):
+        return MegatronCheckpoint(path, trust_pickle)
     raise UserError(
-        f"{flag} {directory} holds no model: neither a checkpoint of this project (iter_…) nor a Hugging Face "
-        "directory (config.json)"
+        f"{flag} {directory} holds no model: no checkpoint of this project (iter_…), no Hugging Face directory "
+        "(config.json), and none of Megatron-LM's (mp_rank_00)"
     )

@@ -105,8 +105,8 @@ class Layer(MegatronModule):
         """x [S, N, D] + cross-attention to `source`: the encoded neighbors, or in the encoder the decoder's states."""
         assert callable(self.cross_attention) and self.pre_cross_attn_layernorm is not None
         reads = functools.partial(self.cross_attention, neighbors=neighbors, angles=angles)
-        sum_ = self.pre_cross_attn_layernorm(x) if self._normed_residual else x
-        return self._recompute.step(functools.partial(self._add, self.pre_cross_attn_layernorm, reads), sum_, x, source)
+        add = self._add_to_normed if self._normed_residual else self._branch
+        return self._recompute.step(functools.partial(add, self.pre_cross_attn_layernorm, reads), x, source)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """x [S, N, D] + MLP, where that is still to do."""
@@ -117,6 +117,10 @@ class Layer(MegatronModule):
     def _branch(self, norm: Norm, function: Callable[..., tuple], x: Tensor, *inputs: Tensor) -> Tensor:
         """x + function of x normalized."""
         return self._add(norm, function, x, x, *inputs)
+
+    def _add_to_normed(self, norm: Norm, function: Callable[..., tuple], x: Tensor, *inputs: Tensor) -> Tensor:
+        """x normalized + function of it."""
+        return self._add(norm, function, norm(x), x, *inputs)
 
     def _add(self, norm: Norm, function: Callable[..., tuple], sum_: Tensor, x: Tensor, *inputs: Tensor) -> Tensor:
         """sum + function of x normalized."""
