@@ -28,7 +28,12 @@ from megatron_retro.retrieval import embedding
 # Begun first, so that none of them is left at the end.
 _SLOWEST = ("test_training", "test_parallel", "test_evaluation", "test_preprocess", "test_serve")
 
-_measured_once = functools.cache(embedding.fastest_dtype)
+_fastest_dtype = embedding.fastest_dtype
+
+
+@functools.cache
+def _measured_once(name: str, batch_size: int) -> str:
+    return _fastest_dtype(name, 2)  # of few texts: a few tenths of a second
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -111,6 +116,14 @@ SMALL = ("--vocab-size", "1000", "--split", "80,10,10", "--retro-block-size", "1
 def small_work(tmp_path_factory: pytest.TempPathFactory, small_input: pathlib.Path) -> pathlib.Path:
     """A finished work dir of corpus `my_text_data`: 40 documents, some 500 chunks of 64. Copy it before a change."""
     return made_once(tmp_path_factory, "small_work", lambda work: build(work, "--input", str(small_input), *SMALL))
+
+
+@pytest.fixture(scope="session")
+def tiny_embedder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The directory of a random embedder that takes no time: for work dirs whose neighbors need not be alike."""
+    from torture.preprocessing import write_tiny_embedder
+
+    return str(made_once(tmp_path_factory, "tiny_embedder", write_tiny_embedder))
 
 
 # Of a model that has seen a little text; such initial weights make it heed what it reads.

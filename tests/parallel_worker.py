@@ -25,7 +25,7 @@ from megatron_retro.model.model import make_stages
 from megatron_retro.training.evaluation import sample_losses
 from megatron_retro.training.step import train_step
 
-CHUNK, CHUNKS_A_SAMPLE, VOCAB, STEPS, GLOBAL_BATCH = 8, 4, 128, 3, 8
+CHUNK, CHUNKS_A_SAMPLE, VOCAB, STEPS, GLOBAL_BATCH = 8, 4, 128, 2, 8
 NUM_SAMPLES = 40  # which those of the updates are drawn from
 SPLIT = (1.0, 0.0, 0.0)
 CLIP = 1.0

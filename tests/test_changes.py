@@ -31,10 +31,11 @@ def texts():
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory, texts):
+def first(tmp_path_factory, texts, tiny_embedder):
     """A work dir of corpus `first`: 30 documents."""
     directory = tmp_path_factory.mktemp("first")
-    build(directory / "work", "--input", str(write_jsonl(directory / "first.jsonl", texts[:30])), *FLAGS)
+    flags = ("--input", str(write_jsonl(directory / "first.jsonl", texts[:30])), "--retro-embedder", tiny_embedder)
+    build(directory / "work", *flags, *FLAGS)
     return directory / "work"
 
 
@@ -52,7 +53,8 @@ def scratch_build(path, corpora, source, from_scratch):
     model = str(WorkDir(source).path / "tokenizer" / "tokenizer.model")
     build(path, "--input", *inputs, "--tokenizer-model", model, *FLAGS, "--retro-tasks", "tokenize,db-build")
     scratch, stored = WorkDir(path), EmbeddingTable(WorkDir(source))
-    scratch.settings["embedder_dtype"] = WorkDir(source).settings["embedder_dtype"]
+    for name in ("retro_embedder", "embedder_dtype"):
+        scratch.settings[name] = WorkDir(source).settings[name]
     scratch.write()
     for block in plan(scratch, 100):
         save_npy(block.path(scratch, "embeddings"), stored.rows(from_scratch[block.ids]))

@@ -19,14 +19,16 @@ WORKER = ROOT / "tests" / "dry_run_worker.py"
 SMALL = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 128 --micro-batch-size 2 --retro-layers 2,3"
 ).split()
+TWO = "--num-layers 2 --retro-layers 1,2 --retro-encoder-layers 1".split()
 READS = "--retro-add-retriever --retro-encoder-hidden-size 32 --retro-encoder-num-attention-heads 2".split()
 VIRTUAL = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 12".split()
+VIRTUAL += ["--retro-encoder-layers", "1"]
 LAYOUTS = {
-    "one rank": (1, [*READS, "--bf16", "--normalization", "RMSNorm", "--swiglu", "--global-batch-size", "6"]),
-    "tensor-parallel": (2, [*READS, "--bf16", "--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "one rank": (1, [*TWO, *READS, "--bf16", "--normalization", "RMSNorm", "--swiglu", "--global-batch-size", "6"]),
+    "tensor-parallel": (2, [*TWO, *READS, "--bf16", "--tensor-model-parallel-size", "2", "--sequence-parallel"]),
     "pipeline": (2, [*READS, "--pipeline-model-parallel-size", "2", "--global-batch-size", "8"]),
     "interleaved": (2, [*READS, "--bf16", *VIRTUAL]),
-    "sharded": (2, [*READS, "--bf16", "--use-distributed-optimizer"]),
+    "sharded": (2, [*TWO, *READS, "--bf16", "--use-distributed-optimizer"]),
 }
 
 

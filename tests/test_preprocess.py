@@ -41,15 +41,18 @@ def copy_without(small_work, path, *stages):
 # ------------------------------------------------------------------------------------------------ ranks
 
 
-def test_three_ranks_build_what_one_builds(small_work, small_input, tmp_path):
+def test_three_ranks_build_what_one_builds(small_input, tiny_embedder, tmp_path):
     """Byte for byte; only the report has figures of the run."""
-    begun = WorkDir(tmp_path / "work")
-    begun.settings["embedder_dtype"] = WorkDir(small_work).settings["embedder_dtype"]  # measured: may differ by load
-    begun.write()
-    shown = run_forked(TOOL, "--input", small_input, "--retro-work-dir", begun.path, *SMALL, ranks=3)
+    flags = ("--input", str(small_input), *SMALL, "--retro-embedder", tiny_embedder)
+    for name in ("one", "three"):
+        begun = WorkDir(tmp_path / name)
+        begun.settings["embedder_dtype"] = "float32"  # measured, it may differ by load
+        begun.write()
+    build(tmp_path / "one", *flags)
+    shown = run_forked(TOOL, "--retro-work-dir", begun.path, *flags, ranks=3)
     ours, theirs = (
         {name: content for name, content in arrays(work, ".").items() if not name.startswith("report/")}
-        for work in (begun.path, small_work)
+        for work in (begun.path, tmp_path / "one")
     )
     assert list(ours) == list(theirs) and len(ours) > 15
     assert [name for name in ours if ours[name] != theirs[name]] == []
@@ -429,16 +432,17 @@ def test_an_unwritable_work_dir_is_one_line(small_input):
 def empty_shard_first(index, directory):
     """The index's shards behind one whose blocks hold no chunk of the database."""
     (path,) = index.shards().paths
-    write_index(directory / "empty.faiss", faiss.IndexIDMap2(faiss.IndexFlatL2(384)))
-    return Shards([directory / "empty.faiss", path], 384, keep_open=True)
+    width = index.embeddings.rows(np.zeros(1, np.int64)).shape[1]
+    write_index(directory / "empty.faiss", faiss.IndexIDMap2(faiss.IndexFlatL2(width)))
+    return Shards([directory / "empty.faiss", path], width, keep_open=True)
 
 
-def test_an_excluded_corpus_is_trained_on_and_never_retrieved(tmp_path):
+def test_an_excluded_corpus_is_trained_on_and_never_retrieved(tiny_embedder, tmp_path):
     texts = stdlib_texts(24)
     inputs = [
         str(write_jsonl(tmp_path / f"{name}.jsonl", part)) for name, part in (("a", texts[:12]), ("b", texts[12:]))
     ]
-    flags = ("--input", *inputs, "--vocab-size", "1000", "--split", "90,10,0")
+    flags = ("--input", *inputs, "--vocab-size", "1000", "--split", "90,10,0", "--retro-embedder", tiny_embedder)
     with pytest.raises(UserError, match="--retro-exclude-corpora: the work dir has no corpus 'c'; it has a, b"):
         build(tmp_path / "work", *flags, "--retro-exclude-corpora", "c")
     build(tmp_path / "work", *flags, "--retro-exclude-corpora", "b")

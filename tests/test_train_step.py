@@ -83,10 +83,38 @@ def test_plain_model_learns(bf16: bool) -> None:
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_benchmark_reports_each_model() -> None:
+# Runs a program whose fresh processes are forks.
+IN_FORKS = """
+import multiprocessing, runpy, subprocess, sys, types
+
+def answer(command, pipe):
+    sys.argv, sys.stdout = command, types.SimpleNamespace(write=pipe.send, flush=lambda: None)
+    runpy.run_path(command[0], run_name="__main__")
+
+def run(command, **_):
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    fork = multiprocessing.get_context("fork").Process(target=answer, args=(command[1:], theirs))
+    fork.start()
+    told = ours.recv()
+    fork.join()
+    return types.SimpleNamespace(stdout=told)
+
+subprocess.run = run
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_benchmark_reports_each_model(tmp_path: pathlib.Path) -> None:
     small = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --retro-layers 1 --seq-length 128".split()
-    output = run_forked(BENCHMARKS / "train_step.py", "--steps", 2, "--dtype", "bf16", *small)
+    flags = ["--steps", 2, "--dtype", "bf16", *small]
+    (tmp_path / "in_forks.py").write_text(IN_FORKS)
+    output = run_forked(tmp_path / "in_forks.py", BENCHMARKS / "train_step.py", *flags)
     gpt, retro, plain = lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    alone = json.loads(
+        run_forked(BENCHMARKS / "train_step.py", *flags, "--model", "plain")
+    )  # its memory in a fresh one
+    assert alone["parameters"] == plain["parameters"] and alone["peak_gib"] >= alone["start_gib"] > 0
     assert [line["model"] for line in lines] == ["gpt", "retro", "plain"]
     assert gpt["parameters"] < retro["parameters"] == plain["parameters"]
     assert retro["flops_over_gpt"] == pytest.approx(retro["tflop"] / gpt["tflop"], rel=1e-2)

@@ -24,7 +24,7 @@ SHAPE = shlex.split(
     "--num-layers 4 --hidden-size 64 --seq-length 128 --num-attention-heads 4 --hidden-dropout 0.1 "
     "--retro-layers 2,4 --retro-encoder-hidden-size 32 --retro-encoder-num-attention-heads 2"
 )
-BATCH = shlex.split("--micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --log-interval 1 --eval-iters 2")
+BATCH = shlex.split("--micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --log-interval 1 --eval-iters 1")
 
 
 def flags(work: pathlib.Path, *more: object) -> list[object]:
@@ -101,7 +101,7 @@ def test_resumed_at_other_layouts(small_work: pathlib.Path, tmp_path: pathlib.Pa
     save = from_the_middle(no_dropout, tmp_path)
     same = ["--hidden-dropout", 0, "--load", save, "--save", save, "--eval-interval", 1, "--exit-interval", 1]
     texts = [run_forked(*flags(small_work, *same, *layout.split()), ranks=2) for layout in (TENSOR, VIRTUAL)]
-    evaluate = ["tools/evaluate_retro.py", "--load", save, "--retro-work-dir", small_work, "--max-samples", 8]
+    evaluate = ["tools/evaluate_retro.py", "--load", save, "--retro-work-dir", small_work, "--max-samples", 4]
     run_forked(*evaluate, "--output", tmp_path / "loss.json")
     texts.append(run_forked(*flags(small_work, *same, *UNEVEN.split()), ranks=2))
     for key in ("lm_loss", "grad_norm", "valid_loss_on", "valid_loss_off"):
@@ -168,12 +168,13 @@ def test_gpt_trains_on_the_same_samples(whole: pathlib.Path, small_work: pathlib
 
 
 def test_the_tutorial_command(small_work: pathlib.Path) -> None:
-    """As a tutorial gives it; only the number of updates and the batch are cut, for time."""
+    """As a tutorial gives it; only updates, batch and, given once more, the sequence are cut, for time."""
     tutorial = (
         f"pretrain_retro.py --num-layers 12 --hidden-size 768 --retro-work-dir {small_work} --retro-add-retriever "
         "--seq-length 1024 --data-path my_text_data"
     )
-    text = run_forked(*tutorial.split(), "--train-iters", 1, "--micro-batch-size", 1, "--eval-iters", 0)
+    short = ["--seq-length", 128, "--train-iters", 1, "--micro-batch-size", 1, "--eval-iters", 0]
+    text = run_forked(*tutorial.split(), *short)
     assert "RETRO (layers 6,9,12)" in text
     assert re.search(r"iteration 1/1  lm_loss \d", text)
 
