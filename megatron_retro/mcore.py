@@ -542,8 +542,8 @@ def gather_vocabulary(logits: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_state(model: torch.nn.Module, optimizer: Any, directory: str) -> None:
-    """Write weights and optimizer state, sharded, into an empty directory; every rank calls it.
+def save_state(model: torch.nn.Module, optimizer: Any | None, directory: str) -> None:
+    """Write weights and, if given, optimizer state, sharded, into an empty directory; every rank calls it.
 
     Raises:
         UserError: some rank could not write, on every rank.

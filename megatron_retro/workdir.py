@@ -269,6 +269,11 @@ class WorkDir:
         return str(file.relative_to(self.path.absolute()) if inside else file)
 
 
+def digest_of_tokenizer(facts: dict[str, Any], file: pathlib.Path) -> str:
+    """The digest of the record that a work dir with this tokenizer has."""
+    return storage.digest_of({"facts": facts, "files": {facts["file"]: storage.fingerprint(file)}, "parent": ""})
+
+
 class Unfinished:
     """The files of a stage that are made already, noted by every rank as it goes.
 

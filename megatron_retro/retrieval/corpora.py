@@ -211,12 +211,22 @@ def _make_tokenizer(work: WorkDir, config: PreprocessConfig) -> None:
     if model:
         _check_tokenizer(work, Tokenizer.open(model))
     content = pathlib.Path(model).read_bytes() if model else _train_tokenizer(work)
-    suffix = ".json" if (model or "").endswith(".json") else ".model"
-    path = work.path / "tokenizer" / f"tokenizer{suffix}"
+    path = work.path / "tokenizer" / f"tokenizer{_suffix(pathlib.Path(model or ''))}"
     write_atomically(path, lambda file: file.write(content))
+    work.commit("tokenizer", describe_tokenizer(path), [path])
+
+
+def describe_tokenizer(path: pathlib.Path) -> dict[str, Any]:
+    """What a work dir with this tokenizer records of it."""
+    from megatron_retro.data.tokenizer import Tokenizer
+
     made = Tokenizer.open(path)
-    facts = {"file": f"tokenizer/{path.name}", "vocab_size": made.vocab_size, "eod": made.eod, "pad": made.pad}
-    work.commit("tokenizer", facts, [path])
+    name = f"tokenizer/tokenizer{_suffix(path)}"
+    return {"file": name, "vocab_size": made.vocab_size, "eod": made.eod, "pad": made.pad}
+
+
+def _suffix(path: pathlib.Path) -> str:
+    return ".json" if path.suffix == ".json" else ".model"
 
 
 def _check_tokenizer(work: WorkDir, tokenizer: Any) -> None:

@@ -57,6 +57,9 @@ class RunState:
 def save(directory: str, model: torch.nn.Module, optimizer: Any, state: RunState) -> pathlib.Path:
     """Write a checkpoint; every rank calls it. A crash leaves the one before it in place.
 
+    Args:
+        optimizer: None for weights alone.
+
     Raises:
         UserError: the disk is full, or cannot be written to.
     """

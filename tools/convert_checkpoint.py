@@ -1,0 +1,26 @@
+#!/usr/bin/env python
+"""Models of other projects as checkpoints of this one, and back.
+
+python tools/convert_checkpoint.py --load HUGGING_FACE_DIR --save SAVE_DIR
+"""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from megatron_retro.config.conversion import ConvertConfig
+from megatron_retro.config.flags import parse
+from megatron_retro.errors import exit_on_user_error
+
+
+def main() -> None:
+    config = parse(ConvertConfig, description=(__doc__ or "").splitlines()[0])
+    config.finish()
+    from megatron_retro.interop.convert import convert
+
+    convert(config)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
