@@ -36,7 +36,7 @@ def main() -> None:
         config.finish(ranks)
         from megatron_retro.training.dry_run import dry_run
 
-        return dry_run(config, ranks)
+        return dry_run(config, ranks, source)
     config.finish(world_size())
     from megatron_retro.training.loop import train
 

@@ -580,7 +580,8 @@ def checkpoint_bytes(model: ModelChunks, optimizer: Any) -> int:
         if (sharded or parallel_state.get_tensor_model_parallel_rank() == 0) and not getattr(
             parameter, "shared", False
         ):
-            num_bytes += parameter.numel() * (parameter.element_size() + 4 * copies) + (1 + copies) * _BYTES_BESIDE
+            kept = copies if parameter.requires_grad else 0
+            num_bytes += parameter.numel() * (parameter.element_size() + 4 * kept) + (1 + kept) * _BYTES_BESIDE
     total = torch.tensor(num_bytes, dtype=torch.float64, device=device())
     dist.all_reduce(total)
     return int(total)

@@ -21,6 +21,8 @@ from megatron_retro.model.model import RetroModel
 from megatron_retro.model.neighbors import Neighbors
 from megatron_retro.model.packing import boundary_rows, pack, unpack
 
+_ROOM = 256  # positions that a cache begins with, behind a prompt
+
 
 @dataclasses.dataclass
 class Arrivals:
@@ -64,7 +66,7 @@ class CachedModel:
         self._chunk_length = self._decoder.retrieved_length // 2
         self.length = torch.zeros(num_samples, dtype=torch.int64, device=self._device)
         self._max_length = max_length
-        self._keys: dict[int, Tensor] = {}  # layer -> [max_length, B, G, E]
+        self._keys: dict[int, Tensor] = {}  # layer -> [room, B, G, E]; the room grows with the samples
         self._values: dict[int, Tensor] = {}
         self._read: dict[int, _Read] = {}  # RETRO layer -> what it reads now
         self._key_mask = self._readable = self._chunk_states = torch.empty(0)
@@ -117,8 +119,7 @@ class CachedModel:
 
     def _store_prompt(self, layer: Layer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         for kept, new in ((self._keys, key), (self._values, value)):
-            kept[layer.number] = new.new_zeros(self._max_length, *new.shape[1:])
-            kept[layer.number][: min(len(new), self._max_length)] = new[: self._max_length]
+            kept[layer.number] = _with_room(new[: self._max_length], min(len(new) + _ROOM, self._max_length))
         return key, value
 
     def _keep_states(self, states_TxBxD: Tensor) -> None:
@@ -182,6 +183,8 @@ class CachedModel:
     def _append(self, position: Tensor, seen: int, layer: Layer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         sample = torch.arange(len(position), device=self._device)
         for kept, new in ((self._keys, key), (self._values, value)):
+            if seen > (room := len(kept[layer.number])):
+                kept[layer.number] = _with_room(kept[layer.number], min(2 * room, self._max_length))
             kept[layer.number][position, sample] = new[0]
         return self._keys[layer.number][:seen], self._values[layer.number][:seen]
 
@@ -234,7 +237,8 @@ class CachedModel:
         self.length = torch.cat([self.length, other.length])
         for kept, more in ((self._keys, other._keys), (self._values, other._values)):
             for number in kept:
-                kept[number] = torch.cat([kept[number], more[number]], 1)
+                room = max(len(kept[number]), len(more[number]))
+                kept[number] = torch.cat([_with_room(both[number], room) for both in (kept, more)], 1)
         for number, read in self._read.items():
             new = other._read[number]
             self._read[number] = _Read(torch.cat([read.keys, new.keys], 1), torch.cat([read.values, new.values], 1))
@@ -322,3 +326,10 @@ class CachedModel:
 
     def _angles(self) -> Tensor:
         return self._decoder.reading_angles()
+
+
+def _with_room(x_TxBx: Tensor, room: int) -> Tensor:
+    """[T, B, …] -> [room, B, …] with zeros behind."""
+    grown = x_TxBx.new_zeros(room, *x_TxBx.shape[1:])
+    grown[: len(x_TxBx)] = x_TxBx
+    return grown

@@ -60,6 +60,9 @@ class HuggingFaceDirectory:
             )
         return list(self._mapped)
 
+    def called(self, name: str) -> str:
+        return " + ".join(self._mapped[name].theirs)
+
     def left_out(self) -> list[str]:
         is_tied = not self.flags["untie_embeddings_and_output_weights"]
         heads = {"lm_head.weight", "embed_out.weight"} if is_tied else set()

@@ -28,6 +28,7 @@ from megatron_retro.training.data import (
     split_weights,
 )
 from megatron_retro.training.evaluation import boundary_bytes, boundary_length, forward_step
+from megatron_retro.training.fit import Source
 from megatron_retro.training.live_bytes import LiveBytes, without_memory
 from megatron_retro.training.matrix_rate import matrix_rate
 from megatron_retro.training.step import make_model
@@ -111,8 +112,11 @@ class Plan:
         return self.tokens * rate * (1 - self.bubble) / (slowest * self.num_microbatches)
 
 
-def dry_run(config: PretrainConfig, num_ranks: int) -> None:
+def dry_run(config: PretrainConfig, num_ranks: int, source: Source | None = None) -> None:
     """Print what a run of `config`, finished, on so many ranks takes; of a work dir only the manifest is read.
+
+    Args:
+        source: of the weights to start from, whose vocabulary counts.
 
     Raises:
         UserError: flags and work dir do not fit together.
@@ -129,7 +133,7 @@ def dry_run(config: PretrainConfig, num_ranks: int) -> None:
         if work.has("neighbors") and not config.instructions.sft_data:
             check_num_neighbors(config.retro.retro_num_neighbors, work.facts("neighbors")["num_neighbors"])
     vocab_size = padded_vocab_size(
-        work.facts("tokenizer")["vocab_size"],
+        source.vocab_size if source else work.facts("tokenizer")["vocab_size"],
         config.model.make_vocab_size_divisible_by,
         config.parallel.tensor_model_parallel_size,
     )
@@ -236,6 +240,7 @@ def _stage(
             with LiveBytes() as live:
                 model = make_model(config, vocab_size, chunk_length)
             inner, parameters = mcore.unwrap_all(model), _num_parameters(model)
+            trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
             weights = sum(parameter.nbytes for parameter in model.parameters())
             gradients = live.now - weights
             steps[mode] = run_step(config, model, live, in_flight_and_one, chunk_length)
@@ -247,7 +252,7 @@ def _stage(
         weights,
         gradients,
         # Adam's two moments, and the main weights beside those in bf16
-        (12 if parallel.bf16 else 8) * -(-parameters // sharers),
+        (12 if parallel.bf16 else 8) * -(-trained // sharers),
         boundary // (tensor if parallel.sequence_parallel else 1),
         steps,
     )

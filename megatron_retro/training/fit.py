@@ -51,6 +51,9 @@ class Source(Protocol):
             UserError: it lacks some that it should have, or has some that nothing here is made for.
         """
 
+    def called(self, name: str) -> str:
+        """Its own names of what is one of our tensors."""
+
     def left_out(self) -> list[str]:
         """Its own names of tensors that are no weights."""
 
@@ -145,7 +148,7 @@ def fit(stages: list[RetroModel], source: Source) -> Fitted:
         UserError: a tensor is missing, has no place, or another shape; names it and both shapes.
     """
     theirs = set(distributed.together(source.names))
-    parameters = {name: weight for stage in stages for name, weight in _named_parameters(stage)}
+    parameters = {name: weight for stage in stages for name, weight in named_weights(stage)}
     everywhere = sorted({name for of_rank in distributed.all_gather(list(parameters)) for name in of_rank})
     copied, new = [name for name in everywhere if name in theirs], [name for name in everywhere if name not in theirs]
     if unplaced := sorted(theirs - set(everywhere)):
@@ -159,7 +162,7 @@ def fit(stages: list[RetroModel], source: Source) -> Fitted:
     return Fitted(copied, new, sum(torch.Size(source.shape(name)).numel() for name in copied))
 
 
-def _named_parameters(stage: RetroModel) -> Iterator[tuple[str, Tensor]]:
+def named_weights(stage: RetroModel) -> Iterator[tuple[str, Tensor]]:
     """A last stage's copy of the embedding is called by the embedding's name."""
     for name, weight in stage.named_parameters():
         is_copy = stage.share_embeddings_and_output_weights and name == "output_layer.weight"
@@ -174,15 +177,16 @@ def _copy(parameters: dict[str, Tensor], theirs: set[str], source: Source) -> No
         if of_source not in theirs:
             continue
         ranks, gated = _ranks_of(weight), ".mlp.linear_fc1." in name and source.flags["swiglu"]
-        expected, found = _whole_shape(weight, ranks), list(source.shape(of_source))
-        if found[1:] != expected[1:] or (found[0] != expected[0] and (name not in _BY_TOKEN or found[0] > expected[0])):
+        (rows, *others), found = _whole_shape(weight, ranks), list(source.shape(of_source))
+        known = source.vocab_size if name in _BY_TOKEN else rows
+        if found != [known, *others]:
             raise UserError(
-                f"--retro-fit-from {source.path}: tensor {of_source} is {found}, this model's is {expected}; it is "
-                "another model than its flags say"
+                f"--retro-fit-from {source.path}: tensor {source.called(of_source)} is {found}, by the model's flags "
+                f"it is {[known, *others]}; take the files that belong together"
             )
         whole = source.tensor(of_source)
-        if found[0] < expected[0]:
-            whole = torch.cat([whole, whole.float().mean(0).to(whole.dtype).expand(expected[0] - found[0], -1)])
+        if known < rows:
+            whole = torch.cat([whole, whole.float().mean(0).to(whole.dtype).expand(rows - known, -1)])
         weight.copy_(_shard(whole, weight, ranks, gated))
 
 
