@@ -27,6 +27,7 @@ for _message in (
     "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
     "`load_state_dict` is deprecated",
     "`torch.distributed.*` is deprecated",
+    "torch.distributed is disabled, unavailable or uninitialized",
 ):
     warnings.filterwarnings("ignore", message=_message)
 
@@ -82,6 +83,7 @@ __all__ = [
     "RowParallelLinear",
     "SelfAttention",
     "SelfAttentionSubmodules",
+    "StoredWeights",
     "TransformerConfig",
     "add_residual",
     "checkpoint",
@@ -601,21 +603,25 @@ def load_state(model: torch.nn.Module, optimizer: Any | None, directory: str) ->
         _update_at_once(optimizer)  # whatever the run that saved did
 
 
-def stored_weights(directory: str) -> dict[str, tuple[int, ...]]:
-    """Name -> whole shape of each weight that `save_state` wrote, in the layout of one rank."""
-    stored = FileSystemReader(directory).read_metadata().state_dict_metadata
-    tensors = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
-    return {name: tuple(entry.size) for name, entry in tensors.items() if not name.startswith("optimizer.")}
+class StoredWeights:
+    """The weights that `save_state` wrote, each whole, in the layout of one rank, on the CPU.
 
+    Attributes:
+        shapes: by name.
+    """
 
-def stored_weight(directory: str, name: str) -> torch.Tensor:
-    """One of them, whole, on the CPU."""
-    reader = FileSystemReader(directory)
-    entry = reader.read_metadata().state_dict_metadata[name]
-    assert isinstance(entry, TensorStorageMetadata)
-    state: dict[str, Any] = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
-    torch.distributed.checkpoint.load(state, storage_reader=reader, no_dist=True)
-    return state[name]
+    def __init__(self, directory: str):
+        self._reader = FileSystemReader(directory)
+        stored = self._reader.read_metadata().state_dict_metadata
+        tensors = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+        self._entries = {name: entry for name, entry in tensors.items() if not name.startswith("optimizer.")}
+        self.shapes = {name: tuple(entry.size) for name, entry in self._entries.items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        entry = self._entries[name]
+        state: dict[str, Any] = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        torch.distributed.checkpoint.load(state, storage_reader=self._reader, no_dist=True)
+        return state[name]
 
 
 def _sharded_state(model: torch.nn.Module, optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:

@@ -27,11 +27,11 @@ class OwnCheckpoint:
         self.chunk_length: int | None = self.state.chunk_length if reads else None
 
     @functools.cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return mcore.stored_weights(str(self.path))
+    def _stored(self) -> mcore.StoredWeights:
+        return mcore.StoredWeights(str(self.path))
 
     def names(self) -> list[str]:
-        return list(self._shapes)
+        return list(self._stored.shapes)
 
     def called(self, name: str) -> str:
         return name
@@ -40,10 +40,10 @@ class OwnCheckpoint:
         return []
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
+        return self._stored.shapes[name]
 
     def tensor(self, name: str) -> Tensor:
-        return mcore.stored_weight(str(self.path), name)
+        return self._stored.tensor(name)
 
     def check_tokenizer(self, digest: str, file: pathlib.Path) -> None:
         if digest != self.state.tokenizer_digest:
