@@ -17,6 +17,7 @@ class ConversionConfig:
     )
     tokenizer_model: str | None = flag(None, "the model's tokenizer", show="the one beside the weights")
     retro_chunk_length: int = flag(64, "tokens a chunk of the work dirs that a GPT will be evaluated on")
+    trust_pickle: bool = flag(False, "read a checkpoint of Megatron-LM's .pt files")
     bf16: bool = flag(False, "store weights in bfloat16; without it fp32")
 
 

@@ -8,7 +8,7 @@ from megatron_retro.config.conversion import ConvertConfig
 from megatron_retro.config.parallel import TrainingParallelConfig
 from megatron_retro.config.training import PretrainConfig
 from megatron_retro.errors import UserError
-from megatron_retro.interop.hugging_face import HuggingFaceDirectory
+from megatron_retro.interop.own import OwnCheckpoint
 from megatron_retro.interop.source import open_source
 from megatron_retro.model.model import make_stages, padded_vocab_size
 from megatron_retro.retrieval.corpora import describe_tokenizer
@@ -26,8 +26,8 @@ def convert(config: ConvertConfig) -> None:
     """
     given = config.conversion
     assert given.load and given.save
-    source = open_source("--load", given.load)
-    if not isinstance(source, HuggingFaceDirectory):
+    source = open_source("--load", given.load, trust_pickle=given.trust_pickle)
+    if isinstance(source, OwnCheckpoint):
         raise UserError(f"--load {given.load} is a checkpoint of this project already")
     save = pathlib.Path(given.save)
     if there := checkpoint_files.complete(save):

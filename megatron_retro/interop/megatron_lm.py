@@ -107,6 +107,9 @@ class MegatronCheckpoint:
     def names(self) -> list[str]:
         return list(self._weights)
 
+    def called(self, name: str) -> str:
+        return name
+
     def left_out(self) -> list[str]:
         theirs = {name for shard in self._shards.values() for name in shard.weights if _NO_WEIGHTS.search(name)}
         if not self.flags["untie_embeddings_and_output_weights"]:

@@ -3,11 +3,15 @@
 import pathlib
 
 from megatron_retro.errors import UserError
+from megatron_retro.interop.hugging_face import HuggingFaceDirectory
+from megatron_retro.interop.megatron_lm import MegatronCheckpoint, is_megatron
+from megatron_retro.interop.own import OwnCheckpoint
 from megatron_retro.training import checkpoint_files
-from megatron_retro.training.fit import Source
 
 
-def open_source(flag: str, directory: str, trust_pickle: bool = False) -> Source:
+def open_source(
+    flag: str, directory: str, trust_pickle: bool = False
+) -> OwnCheckpoint | HuggingFaceDirectory | MegatronCheckpoint:
     """Look what a directory holds, and open it.
 
     Args:
@@ -21,15 +25,9 @@ def open_source(flag: str, directory: str, trust_pickle: bool = False) -> Source
     if not path.is_dir():
         raise UserError(f"{flag} {directory}: no such directory")
     if newest := checkpoint_files.find(directory):
-        from megatron_retro.interop.own import OwnCheckpoint
-
         return OwnCheckpoint(newest)
     if (path / "config.json").is_file():
-        from megatron_retro.interop.hugging_face import HuggingFaceDirectory
-
         return HuggingFaceDirectory(path)
-    from megatron_retro.interop.megatron_lm import MegatronCheckpoint, is_megatron
-
     if is_megatron(path):
         return MegatronCheckpoint(path, trust_pickle)
     raise UserError(
