@@ -20,6 +20,7 @@ from megatron_retro.data.instructions import Examples, ExampleSource, Instructio
 from megatron_retro.data.questions import Conversation, Turn, encoded, laid_out, read_conversations
 from megatron_retro.data.samples import Batch
 from megatron_retro.errors import UserError
+from megatron_retro.training import bad_steps
 from megatron_retro.training.instructions import weighted
 
 L, PAD, EOD, FILL = 10, 2, 0, 1
@@ -59,7 +60,7 @@ def samples_of(given: list[Conversation] | None = None, **changes: Any) -> Instr
     neighbors = (np.arange(len(examples.queries(C)) * 4).reshape(-1, 4) + 1) % table.num_chunks
     neighbors[1:2] = -1
     settings = dict(database=np.array([0, 1]), chunks_a_sample=L, seed=3, pad=PAD, num_neighbors=K)
-    source = ExampleSource(pathlib.Path("a.jsonl"), examples, 0.0, neighbors)
+    source = ExampleSource(pathlib.Path("a.jsonl"), examples, 0.0, neighbors, packed(examples.num_chunks(C), L))
     return InstructionSamples(table, [source], **{**settings, **changes})
 
 
@@ -163,7 +164,14 @@ def test_packing_is_tight_and_order_depends_on_seed_and_epoch_alone() -> None:
     for number in range(3):
         assert sorted(itertools.chain(*long[number * epoch : (number + 1) * epoch])) == list(range(60))
     assert long[:epoch] != long[epoch : 2 * epoch]
-    assert samples_of(many).described(np.array([0, -1]))[1] == {"examples": []}
+
+
+def test_a_bad_step_names_the_lines_that_it_read() -> None:
+    samples = samples_of()
+    described = bad_steps._samples(samples, np.array([0, 1, 2, -1]), {0: (2.0, 1)})
+    lines = [line for sample in described for line in sample["examples"]]
+    assert sorted(lines) == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:4", "a.jsonl:5"]
+    assert described[0]["loss"] == 2.0 and json.dumps(described)
 
 
 def test_an_answer_has_the_tokens_that_a_model_would_write() -> None:
@@ -251,7 +259,7 @@ ROLES = ':2: the roles of "messages" are not'
     ("record", "message"),
     [
         ({"question": "x"}, ":2: no key 'answers'"),
-        ({"messages": [USER]}, ROLES),
+        ({"messages": [USER]}, ':2: "messages" do not end with an "assistant"'),
         ({"messages": [ASSISTANT, USER]}, ROLES),
         ({"messages": [USER, USER, ASSISTANT]}, ROLES),
         ({"messages": []}, ROLES),
@@ -326,6 +334,7 @@ def test_it_trains_and_goes_on_at_other_layouts(
     """What the work dir has is asked for once, by all ranks; a resumed run is bit-equal, other layouts to rounding."""
     work, save = tmp_path / "work", tmp_path / "save"
     shutil.copytree(small_work, work)
+    assert "TP 1 × PP 1 × DP 1" in run_forked(*flags(work, files, "--dry-run")) and not (work / "sft").exists()
     text = run_forked(*flags(work, files, "--save", save, "--save-interval", 2))
     assert "train.jsonl: 24 examples, 12 of them with ctxs" in text and "no evaluation" not in text
     found = {file: file.read_bytes() for file in (work / "sft").rglob("*.npy")}

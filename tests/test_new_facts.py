@@ -9,6 +9,7 @@ from launch import ROOT, run_forked
 
 sys.path.insert(0, str(ROOT / "examples" / "new_facts"))
 
+import instruct
 import run
 import world
 
@@ -22,11 +23,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two attributes of four values, a model of two layers, programs that start quickly."""
     few = {name: world.ATTRIBUTES[name] for name in ("birthplace", "profession")}
     few = {name: (" ".join(values.split()[:4]), *sentences) for name, (values, *sentences) in few.items()}
-    for module in (run, world):
+    for module in (run, world, instruct):
         monkeypatch.setattr(module, "ATTRIBUTES", few)
     for name, flags in (("MODEL", MODEL), ("RETRO", RETRO), ("TRAIN", TRAIN)):
         monkeypatch.setattr(run, name, flags.split())
-    monkeypatch.setattr(run, "call", lambda *words, ranks=1, log=None: run_forked(*words, ranks=ranks))
+    for module in (run, instruct):
+        monkeypatch.setattr(module, "call", lambda *words, ranks=1, log=None: run_forked(*words, ranks=ranks))
 
 
 def test_answers_follow_the_database(tmp_path: pathlib.Path, small: None) -> None:
@@ -39,6 +41,26 @@ def test_answers_follow_the_database(tmp_path: pathlib.Path, small: None) -> Non
         assert share < 0.45  # chance is 0.25, four standard errors of 80 questions are 0.2
     assert "| chance | 25.0% |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "report.svg").read_text().count("<rect") == 1 + len(shares)
+
+
+def test_a_tuned_model_answers_from_what_it_is_given(
+    tmp_path: pathlib.Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """People never seen: right with the text, chance (0.25) without and with one about somebody else."""
+    for name, flags in (("MODEL", MODEL), ("TUNING", TRAIN)):
+        monkeypatch.setattr(instruct, name, flags.split())
+    everyone = world.people(1)
+    old, new = world.facts(everyone[:150], 2), world.facts(everyone[150:200], 3)
+    run.train_tokenizer(tmp_path, old, new)
+    run.write(tmp_path / "statements.jsonl", (fact.stated() for fact in old))
+    instruct.write_questions(tmp_path / "given.jsonl", old, 4, right=True)
+    instruct.write_questions(tmp_path / "right.jsonl", new, 5, right=True)
+    instruct.write_questions(tmp_path / "wrong.jsonl", new, 6, right=False)
+    instruct.build(tmp_path, "--retro-tasks", "tokenize,db-build")  # what brings texts needs no index
+    instruct.tune(tmp_path, "retro", RETRO.split(), 120, "given")
+    right, wrong = (instruct.ask(tmp_path, name, "work") for name in ("right", "wrong"))
+    assert right["on"]["exact_match"] >= 0.9 and right["on"]["f1"] >= 0.9
+    assert right["off"]["exact_match"] < 0.42 and wrong["on"]["exact_match"] < 0.42  # four standard errors
 
 
 def test_a_question_ends_with_its_chunk(tmp_path: pathlib.Path) -> None:

@@ -483,6 +483,34 @@ def test_openais_client(client: Any, server: Server) -> None:
     assert client.completions.create(**asked, extra_body={"retrieval": "random", "top_k": 3}).choices[0].neighbors
 
 
+def test_openais_chat(client: Any) -> None:
+    """A question is filled up to a chunk, whose neighbors the answer reads from its first token on."""
+    import openai
+
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What does os.path.join do?"}]
+    asked = dict(model="megatron-retro", messages=talk, max_completion_tokens=20, seed=5, n=2)
+    whole = client.chat.completions.create(**asked)
+    assert whole.object == "chat.completion" and whole.usage.prompt_tokens == 64 and len(whole.choices) == 2
+    first = whole.choices[0]
+    assert first.message.role == "assistant" and first.message.content == first.message.content.lstrip() != ""
+    (read,) = first.neighbors
+    assert read["chunk"] == 0 and read["text"].endswith("Question: What does os.path.join do?\nAnswer:")
+    assert read["text"].lstrip("\n").startswith("Be brief.\n") and len(read["neighbors"]) == 2
+    pieces = [piece for piece in client.chat.completions.create(**asked, stream=True)]
+    assert {piece.object for piece in pieces} == {"chat.completion.chunk"}
+    deltas = [choice.delta.content for piece in pieces for choice in piece.choices if choice.index == 0]
+    assert "".join(deltas) == first.message.content
+    more = [*talk, {"role": "assistant", "content": "It joins."}, {"role": "user", "content": "Joins what?"}]
+    again = client.chat.completions.create(**{**asked, "messages": more}, extra_body={"retrieval": "random"})
+    assert again.usage.prompt_tokens == 2 * 64 and [read["chunk"] for read in again.choices[0].neighbors] == [0, 1]
+    for wrong in (more[:-1], more[2:], []):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**{**asked, "messages": wrong})
+        assert caught.value.param == "messages"
+    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+        client.chat.completions.create(**asked, tools=[{"type": "function", "function": {"name": "f"}}])
+
+
 def test_openais_errors(client: Any) -> None:
     import openai
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from megatron_retro.config.flags import at_least, flag, required
-from megatron_retro.config.model import QA_PROMPT, ParallelConfig, check_qa_prompt
+from megatron_retro.config.model import ParallelConfig, check_qa_prompt
 from megatron_retro.errors import UserError
 
 
@@ -28,7 +28,9 @@ class QuestionConfig:
     """questions"""
 
     qa: str | None = flag(None, 'JSON lines with "question", "answers" and, where given, "ctxs" to read', show="none")
-    qa_prompt: str = flag(QA_PROMPT, "what the model goes on from", show="Question: … Answer:")
+    qa_prompt: str | None = flag(
+        None, "what a question becomes, with {question} in it", show="the checkpoint's: Question: … Answer:"
+    )
     qa_max_new_tokens: int = flag(32, "tokens an answer")
 
 
@@ -65,6 +67,7 @@ class EvaluateConfig:
         at_least(1, questions, "qa_max_new_tokens")
         if given.split == "none" and not questions.qa:
             raise UserError("--split none evaluates no text, and there is no --qa FILE; give one of the two")
-        check_qa_prompt(questions.qa_prompt)
+        if questions.qa_prompt is not None:
+            check_qa_prompt(questions.qa_prompt)
         if questions.qa and self.parallel.sequence_parallel:
             raise UserError("--sequence-parallel shards whole samples, not answers that grow; leave it out with --qa")

@@ -103,7 +103,7 @@ class Examples:
             lines.append(conversation.line)
             texts += conversation.ctxs[:num_neighbors]
             num_texts.append(len(conversation.ctxs[:num_neighbors]))
-            counts["left out"] += len(conversation.ctxs) - num_texts[-1]
+            counts["left out"] += len(conversation.ctxs) - num_texts[-1] if num_neighbors else 0
         contexts = tokenizer.encode(texts)
         counts["cut contexts"] = sum(len(text) > 2 * chunk_length for text in contexts)
         return cls(
@@ -156,18 +156,20 @@ class ExampleSource:
         path: of the file.
         weight: of the file in the mixture; 0: by its samples.
         neighbors: [queries, K_saved] int64 chunk ids, best first, -1 for none.
+        samples: the examples that share one, by sample (see `packed`).
     """
 
     path: pathlib.Path
     examples: Examples
     weight: float
     neighbors: np.ndarray
+    samples: list[np.ndarray]
 
 
 class InstructionSamples:
     """Sample n of the examples of some files, for every n from 0 on: a function of (seed, n) alone.
 
-    What shares a sample is settled once; each epoch reads the samples of a file in another order.
+    Each epoch reads the samples of a file in another order.
 
     Args:
         table: the work dir's chunks, where neighbors and random ones are read.
@@ -198,11 +200,9 @@ class InstructionSamples:
         self._sources, self._seed, self._pad = sources, seed, pad
         self._num_neighbors, self._dropout, self._random = num_neighbors, retrieval_dropout, random_neighbor_prob
         self._database = Stream(table, database)
-        chunks = [source.examples.num_chunks(table.chunk_length) for source in sources]
-        self._packed = [packed(of_each, chunks_a_sample) for of_each in chunks]
         self._first_query = [running_sum(source.examples.num_queries(table.chunk_length)) for source in sources]
         self._first_context = [running_sum(source.examples.num_contexts) for source in sources]
-        sizes = [len(of_source) for of_source in self._packed]
+        sizes = [len(source.samples) for source in sources]
         self.epoch_size = sum(sizes)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of each source: epoch, order
         weights = [source.weight or size for source, size in zip(sources, sizes, strict=True)]
@@ -216,7 +216,7 @@ class InstructionSamples:
         if sample < 0:
             return 0, np.zeros(0, np.int64)
         source = int(self._source_of[sample])
-        bins = self._packed[source]
+        bins = self._sources[source].samples
         epoch, position = divmod(int(self._index_of[sample]), len(bins))
         known, order = self._orders.get(source, (-1, np.arange(0)))
         if known != epoch:

@@ -86,7 +86,10 @@ def read_conversations(flag: str, path: pathlib.Path, template: str) -> list[Con
         if "messages" not in record:
             asked = _question(record)
             return Conversation([Turn(prompt(template, asked.question), asked.answers[0])], asked.ctxs, line)
-        return Conversation(turns(record["messages"], template), _contexts(record), line)
+        turns, unanswered = dialog(record["messages"], template)
+        if unanswered is not None:
+            raise TypeError('"messages" do not end with an "assistant"')
+        return Conversation(turns, _contexts(record), line)
 
     return _records(flag, path, "example", _CONVERSATION, read)
 
@@ -120,11 +123,11 @@ def _question(record: dict[str, Any]) -> Question:
     return Question(question, expected, _contexts(record))
 
 
-def turns(messages: Any, template: str) -> list[Turn]:
-    """OpenAI's messages as turns: what a system says stands before the first prompt.
+def dialog(messages: Any, template: str) -> tuple[list[Turn], str | None]:
+    """OpenAI's messages as turns, and the prompt of a user who has no answer yet; a system stands before the first one.
 
     Raises:
-        TypeError, KeyError: they are none, or not of user and assistant in turn, an assistant's at the end.
+        TypeError, KeyError: they are none, or not of user and assistant in turn.
     """
     if not (isinstance(messages, list) and all(isinstance(message, dict) for message in messages)):
         raise TypeError('"messages" is no list of objects')
@@ -132,17 +135,13 @@ def turns(messages: Any, template: str) -> list[Turn]:
     if not all(isinstance(content, str) for _, content in texts):
         raise TypeError('the "content" of a message is no text')
     system = f"{texts.pop(0)[1]}\n" if texts and texts[0][0] == "system" else ""
-    roles = [role for role, _ in texts]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise TypeError(
-            'the roles of "messages" are not "system" (or none), then "user" and "assistant" in turn, '
-            'an "assistant" at the end'
-        )
-    asked, answered = texts[::2], texts[1::2]
-    return [
-        Turn(system * (number == 0) + prompt(template, question), answer)
-        for number, ((_, question), (_, answer)) in enumerate(zip(asked, answered, strict=True))
-    ]
+    if not texts or [role for role, _ in texts] != [("user", "assistant")[place % 2] for place in range(len(texts))]:
+        raise TypeError('the roles of "messages" are not "system" (or none), then "user" and "assistant" in turn')
+    prompts = [prompt(template, question) for _, question in texts[::2]]
+    prompts[0] = system + prompts[0]
+    answers = [answer for _, answer in texts[1::2]]
+    turns = [Turn(*pair) for pair in zip(prompts, answers, strict=False)]
+    return turns, prompts[-1] if len(prompts) > len(answers) else None
 
 
 def _contexts(record: dict[str, Any]) -> list[str]:

@@ -54,6 +54,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     # ---- the model that reads, and what it reads
     trained = load_trained(given.load, parallel)
     retro = _retro_of(trained, given)
+    config.questions.qa_prompt = config.questions.qa_prompt or trained.template
     searches = given.split != "none" or not all(question.ctxs for question in questions)
     data = TrainingData.open(work_dir, retrieve=retro is not None and searches)
     check_same_tokenizer(trained, data.tokenizer_digest, data.table.chunk_length, work_dir)
@@ -161,7 +162,7 @@ def _asking(
         work,
         data.table,
         distributed.together(data.open_tokenizer),
-        template=config.questions.qa_prompt,
+        template=str(config.questions.qa_prompt),
         max_new_tokens=config.questions.qa_max_new_tokens,
         batch_size=config.evaluation.micro_batch_size,
         num_neighbors=retro.retro_num_neighbors if retro else 0,

@@ -6,7 +6,7 @@ import pathlib
 import torch
 
 from megatron_retro import distributed, mcore
-from megatron_retro.config.model import ModelConfig, ParallelConfig, RetroConfig
+from megatron_retro.config.model import QA_PROMPT, ModelConfig, ParallelConfig, RetroConfig
 from megatron_retro.errors import UserError
 from megatron_retro.model.model import RetroModel
 from megatron_retro.training import checkpoint, checkpoint_files
@@ -26,6 +26,11 @@ class Trained:
     retro: RetroConfig | None
     state: checkpoint.RunState
     path: pathlib.Path
+
+    @property
+    def template(self) -> str:
+        """What a question becomes, with `{question}` in it: the checkpoint's --qa-prompt."""
+        return self.state.config.get("qa_prompt", QA_PROMPT)
 
 
 def load_trained(load: str, parallel: ParallelConfig) -> Trained:

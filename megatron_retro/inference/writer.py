@@ -89,6 +89,9 @@ class Writer:
         pad: id that is never chosen either, unless it is `eod`.
         reader: None turns retrieval off.
         num_neighbors: K, 0 with retrieval off.
+
+    Attributes:
+        chunk_length: C.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class Writer:
         reader: Reader | None,
         num_neighbors: int,
     ):
-        self._model, self._chunk_length, self._context = model, chunk_length, context
+        self._model, self.chunk_length, self._context = model, chunk_length, context
         self._vocab_size, self._eod, self._pad = vocab_size, eod, pad
         self._reader, self._num_neighbors = reader, num_neighbors if reader else 0
         self.model_seconds = 0.0
@@ -165,7 +168,7 @@ class Writer:
 
     def _begin(self, texts: list[Text]) -> Generator[Event, None, tuple[CachedModel, Tensor | None]]:
         """Show the model all that it may see of the texts."""
-        length, device = self._chunk_length, mcore.device()
+        length, device = self.chunk_length, mcore.device()
         for text in texts:
             if len(text.tokens) - text.begin > self._context:
                 text.begin = -(-(len(text.tokens) - self._context // 2) // length) * length
@@ -197,7 +200,7 @@ class Writer:
         device = mcore.device()
         yield from self._read(texts)
         arrivals = None
-        length = self._chunk_length
+        length = self.chunk_length
         last = {row: len(text.tokens) // length - 1 for row, text in enumerate(texts) if len(text.tokens) % length == 0}
         completing = [row for row, chunk in last.items() if chunk in texts[row].neighbors]
         if completing:
@@ -214,7 +217,7 @@ class Writer:
 
     def _read(self, texts: list[Text]) -> Iterator[Event]:
         """Find the neighbors of chunks in the window that are complete and have none yet."""
-        length = self._chunk_length
+        length = self.chunk_length
         wanted: dict[Reader, list[tuple[Text, int]]] = {}
         for text in texts:
             for chunk in range(text.begin // length, len(text.tokens) // length):

@@ -43,6 +43,7 @@ class Service:
             ("GET", "/metrics"): self._metrics,
             ("GET", "/v1/models"): self._models,
             ("POST", "/v1/completions"): completions.answer,
+            ("POST", "/v1/chat/completions"): completions.chat,
             ("GET", "/v1/documents"): documents.list,
             ("POST", "/v1/documents"): documents.add,
             ("DELETE", "/v1/documents/{name}"): documents.remove,

@@ -1,4 +1,9 @@
-"""`POST /v1/completions`: from a request to the engine's job, and from its pieces to OpenAI's answers."""
+"""`POST /v1/completions` and `/v1/chat/completions`: from a request to the engine's job, and from its pieces to
+OpenAI's answers.
+
+A chat is laid out as instruction tuning lays out conversations (see `data/questions.py`), so the answer's first token
+reads the neighbors of the chunk that the last message ends with.
+"""
 
 import asyncio
 import contextlib
@@ -6,20 +11,24 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from megatron_retro.config.serving import LimitsGroup
+from megatron_retro.data.questions import encoded as encoded_turns
+from megatron_retro.data.questions import filled, filler, laid_out
 from megatron_retro.inference.writer import Choice, Text
 from megatron_retro.serving.answers import Answer, Piece
 from megatron_retro.serving.engine import Engine, Job
 from megatron_retro.serving.guard import Receive, Scope, Send, encoded
 from megatron_retro.serving.opening import Opened
-from megatron_retro.serving.requests import CompletionRequest, Refusal, invalid, read
+from megatron_retro.serving.requests import ChatRequest, CompletionRequest, Refusal, WritingRequest, invalid, read
 
 _DEFAULTS = {"max_tokens": 16, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "n": 1}  # OpenAI's
+Asked = TypeVar("Asked", bound=WritingRequest)
+
 _LATE = "the deadline passed before anything was written; ask for less, or later"
 
 
@@ -48,40 +57,59 @@ class Completions:
         self._retrieval, self._model_name, self._place = retrieval, model_name, place
 
     async def answer(self, request: Request) -> Response:
+        return _Completion(self, request, await self._asked(request, CompletionRequest))
+
+    async def chat(self, request: Request) -> Response:
+        return _ChatCompletion(self, request, await self._asked(request, ChatRequest))
+
+    async def _asked(self, request: Request, kind: type[Asked]) -> tuple[Asked, float]:
+        """(what is asked, when it must be answered)."""
         deadline = time.monotonic() + self._limits.deadline_seconds
-        asked = read(await request.body(), CompletionRequest)
+        asked = read(await request.body(), kind)
         asked.check()
         if asked.model not in (None, self._model_name):
             raise Refusal(404, f"there is no such model; this is {self._model_name}", "model_not_found", param="model")
-        return _Completion(self, request, asked, deadline)
+        return asked, deadline
 
-    async def job(self, asked: CompletionRequest, deadline: float, deliver: Callable[[Piece | None], None]) -> Job:
+    async def job(self, asked: WritingRequest, deadline: float, deliver: Callable[[Piece | None], None]) -> Job:
         """What the engine is to do.
 
         Raises:
             Refusal: it is more than may be asked.
         """
         settings = {name: _or(getattr(asked, name), value) for name, value in _DEFAULTS.items()}
-        limits, prompts = self._limits, asked.prompts
+        limits, param = self._limits, "messages" if isinstance(asked, ChatRequest) else "prompt"
         if settings["max_tokens"] > limits.max_new_tokens:
             raise invalid("max_tokens", f"max_tokens is {settings['max_tokens']}; at most {limits.max_new_tokens}")
-        if len(prompts) * settings["n"] > limits.max_batch_size:
-            raise invalid("n", f"that is {len(prompts) * settings['n']} texts; at most {limits.max_batch_size}")
+        number = settings["n"] * (len(asked.prompts) if isinstance(asked, CompletionRequest) else 1)
+        if number > limits.max_batch_size:
+            raise invalid("n", f"that is {number} texts; at most {limits.max_batch_size}")
         reader = self._reader(asked.retrieval)
-        encoded = await asyncio.to_thread(self._opened.tokenizer.encode, prompts)
+        encoded = await asyncio.to_thread(self._encoded, asked)
         longest = max(map(len, encoded))
         if longest > limits.max_prompt_tokens:
-            raise invalid("prompt", f"a prompt has {longest} tokens; at most {limits.max_prompt_tokens}")
+            raise invalid(param, f"a prompt has {longest} tokens; at most {limits.max_prompt_tokens}")
         if not all(encoded):
-            raise invalid("prompt", "a prompt has no tokens; give at least a word to go on from")
+            raise invalid(param, "a prompt has no tokens; give at least a word to go on from")
         seed = secrets.randbits(63) if asked.seed is None else asked.seed % 2**64
         choice = Choice(settings["temperature"], settings["top_k"], settings["top_p"], seed)
         answers = []
-        for index in range(len(prompts) * settings["n"]):
+        for index in range(number):
             tokens = list(encoded[index // settings["n"]])
             text = Text(index, tokens, choice, index, settings["max_tokens"], reader)
             answers.append(Answer(index, text, self._opened.tokenizer, self._opened.library, asked.stops))
         return Job(answers, sum(map(len, encoded)), deadline, deliver)
+
+    def _encoded(self, asked: WritingRequest) -> list[list[int]]:
+        opened = self._opened
+        if isinstance(asked, CompletionRequest):
+            return opened.tokenizer.encode(asked.prompts)
+        assert isinstance(asked, ChatRequest)
+        turns, last = asked.dialog(opened.template)
+        tokenizer, length = opened.tokenizer, opened.writer.chunk_length
+        fill = filler(tokenizer)
+        said, _ = laid_out(encoded_turns(turns, tokenizer), length, fill, tokenizer.eod)
+        return [said + filled(tokenizer.encode([last])[0], length, fill, len(said))]
 
     def _reader(self, asked: str | None) -> Any:
         if not self._opened.readers:
@@ -94,10 +122,12 @@ class Completions:
 class _Completion(Response):
     """One answer, on its way: what the request holds is given back when it ends, in whatever way."""
 
-    def __init__(self, service: Completions, request: Request, asked: CompletionRequest, deadline: float):
+    _id_begin, _object, _event_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, service: Completions, request: Request, asked_by: tuple[WritingRequest, float]):
         super().__init__()
-        self._service, self._request, self._asked, self._deadline = service, request, asked, deadline
-        self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self._service, self._request, (self._asked, self._deadline) = service, request, asked_by
+        self._id, self._created = f"{self._id_begin}-{uuid.uuid4().hex}", int(time.time())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | Refusal | None]()
@@ -164,13 +194,14 @@ class _Completion(Response):
             yield piece
 
     async def _send_whole(self, job: Job, pieces: list[Piece], send: Send) -> None:
-        choices = [_choice(Piece(answer.index)) for answer in job.answers]
+        wholes = [Piece(answer.index) for answer in job.answers]
         for piece in pieces:
-            choice = choices[piece.index]
-            choice["text"] += piece.text
-            choice["neighbors"] += piece.reads
-            choice["finish_reason"] = piece.finish or choice["finish_reason"]
-        body = encoded({**self._head(), "choices": choices, "usage": _usage(job)})
+            whole = wholes[piece.index]
+            whole.text += piece.text
+            whole.reads += piece.reads
+            whole.finish = piece.finish or whole.finish
+        choices = [self._choice(whole, "message") for whole in wholes]
+        body = encoded({**self._head(), "object": self._object, "choices": choices, "usage": _usage(job)})
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": False})
@@ -179,21 +210,43 @@ class _Completion(Response):
         await send({"type": "http.response.body", "body": b"data: " + encoded(content) + b"\n\n", "more_body": True})
 
     def _chunk(self, piece: Piece) -> dict[str, Any]:
-        return {**self._head(), "choices": [_choice(piece)]}
+        return {**self._head(), "choices": [self._choice(piece, "delta")]}
 
     def _head(self) -> dict[str, Any]:
         name = self._service._model_name
-        return {"id": self._id, "object": "text_completion", "created": self._created, "model": name}
+        return {"id": self._id, "object": self._event_object, "created": self._created, "model": name}
+
+    def _choice(self, piece: Piece, part: str) -> dict[str, Any]:
+        """A choice of an answer; `part` is what a chat calls its text: a whole "message", or a "delta"."""
+        return {
+            "index": piece.index,
+            **self._text(piece.text, part),
+            "logprobs": None,
+            "finish_reason": piece.finish,
+            "neighbors": list(piece.reads),
+        }
+
+    def _text(self, text: str, part: str) -> dict[str, Any]:
+        return {"text": text}
 
 
-def _choice(piece: Piece) -> dict[str, Any]:
-    return {
-        "index": piece.index,
-        "text": piece.text,
-        "logprobs": None,
-        "finish_reason": piece.finish,
-        "neighbors": list(piece.reads),
-    }
+class _ChatCompletion(_Completion):
+    """An answer to messages."""
+
+    _id_begin, _object, _event_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    async def _pieces(self, job: Job, queue: "asyncio.Queue[Piece | Refusal | None]") -> AsyncIterator[Piece]:
+        """As of any completion, but for the white space that parts an answer from its prompt."""
+        begun = set()
+        async for piece in super()._pieces(job, queue):
+            if piece.index not in begun:
+                piece.text = piece.text.lstrip()
+            if piece.text:
+                begun.add(piece.index)
+            yield piece
+
+    def _text(self, text: str, part: str) -> dict[str, Any]:
+        return {part: {"role": "assistant", "content": text}}
 
 
 def _usage(job: Job) -> dict[str, int]:

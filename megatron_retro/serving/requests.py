@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 import pydantic
 
 from megatron_retro.config.model import RETRIEVAL_MODES
+from megatron_retro.data.questions import Turn, dialog
 
 _MOST_STOPS, _MOST_DOCUMENTS = 4, 1000
 
@@ -19,6 +20,13 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "logprobs": (None,),
     "presence_penalty": (None, 0),
     "suffix": (None, ""),
+}
+_UNSUPPORTED_IN_CHAT = {
+    **_UNSUPPORTED,
+    "functions": (None, []),
+    "logprobs": (None, False),
+    "response_format": (None, {"type": "text"}),
+    "tools": (None, []),
 }
 
 Request = TypeVar("Request", bound=pydantic.BaseModel)
@@ -57,12 +65,11 @@ def _characters(text: str) -> str:
 Characters = Annotated[str, pydantic.AfterValidator(_characters)]
 
 
-class CompletionRequest(pydantic.BaseModel):
-    """`POST /v1/completions`; fields that are not known are passed over."""
+class WritingRequest(pydantic.BaseModel):
+    """What asks for text; fields that are not known are passed over."""
 
     model_config = pydantic.ConfigDict(strict=True)
 
-    prompt: Characters | list[Characters]
     model: Characters | None = None
     max_tokens: int | None = None
     temperature: float | None = None
@@ -74,10 +81,6 @@ class CompletionRequest(pydantic.BaseModel):
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     retrieval: Characters | None = None
-
-    @property
-    def prompts(self) -> list[str]:
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
     @property
     def stops(self) -> list[str]:
@@ -102,12 +105,58 @@ class CompletionRequest(pydantic.BaseModel):
             raise invalid("top_p", "top_p must be above 0")
         if self.retrieval not in (None, *RETRIEVAL_MODES):
             raise invalid("retrieval", f"retrieval must be one of {', '.join(RETRIEVAL_MODES)}")
-        if not self.prompts or not all(self.prompts):
-            raise invalid("prompt", "a prompt is empty; give at least a word to go on from")
         if len(self.stops) > _MOST_STOPS or not all(self.stops):
             raise invalid("stop", f"stop takes up to {_MOST_STOPS} texts, none of them empty")
         if max(map(len, self.stops), default=0) > 1000:
             raise invalid("stop", "a stop text has at most 1000 characters")
+
+
+class CompletionRequest(WritingRequest):
+    """`POST /v1/completions`."""
+
+    prompt: Characters | list[Characters]
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+    def check(self) -> None:
+        super().check()
+        if not self.prompts or not all(self.prompts):
+            raise invalid("prompt", "a prompt is empty; give at least a word to go on from")
+
+
+class Message(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True)
+
+    role: Characters
+    content: Characters
+
+
+class ChatRequest(WritingRequest):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+
+    def check(self) -> None:
+        self.max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        super().check()
+        self.dialog("{question}")
+
+    def dialog(self, template: str) -> tuple[list[Turn], str]:
+        """What was said, and the prompt to answer.
+
+        Raises:
+            Refusal: the roles are not in turn, or the last one is no user.
+        """
+        try:
+            turns, last = dialog([message.model_dump() for message in self.messages], template)
+        except TypeError as error:
+            raise invalid("messages", str(error)) from None
+        if last is None:
+            raise invalid("messages", "the last message is not a user's")
+        return turns, last
 
 
 class Document(pydantic.BaseModel):
@@ -152,8 +201,8 @@ def read(body: bytes, kind: type[Request]) -> Request:
         raise Refusal(400, "the body is not JSON", "invalid_json") from None
     if not isinstance(values, dict):
         raise Refusal(400, "the body must be a JSON object", "invalid_json")
-    if kind is CompletionRequest:
-        for name, neutral in _UNSUPPORTED.items():
+    if issubclass(kind, WritingRequest):
+        for name, neutral in (_UNSUPPORTED_IN_CHAT if kind is ChatRequest else _UNSUPPORTED).items():
             if not any(values.get(name) is value or values.get(name) == value for value in neutral):
                 raise Refusal(400, f"{name} is not supported; leave it out", "unsupported_parameter", param=name)
     try:

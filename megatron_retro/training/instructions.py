@@ -16,9 +16,9 @@ import numpy as np
 import xxhash
 
 from megatron_retro import distributed, storage
-from megatron_retro.config.model import RetroConfig
 from megatron_retro.config.training import PretrainConfig
-from megatron_retro.data.instructions import Examples, ExampleSource, InstructionSamples
+from megatron_retro.data.chunks import ChunkTable
+from megatron_retro.data.instructions import Examples, ExampleSource, InstructionSamples, packed
 from megatron_retro.data.questions import filler, read_conversations
 from megatron_retro.data.tokenizer import Tokenizer
 from megatron_retro.errors import UserError
@@ -29,7 +29,7 @@ from megatron_retro.retrieval.progress import Progress
 from megatron_retro.training.data import TrainingData, check_num_neighbors, check_seq_length, open_work_dir
 from megatron_retro.workdir import STAGES, WorkDir
 
-_ENCODED_AT_ONCE, _BLOCK = 500, 2048  # examples, queries
+_ENCODED_AT_ONCE, _BLOCK, _ASKED_AT_ONCE = 500, 512, 64  # examples, queries, queries
 
 
 @dataclasses.dataclass
@@ -56,15 +56,18 @@ class InstructionData:
         """
         given, seq_length = config.instructions, config.model.seq_length
         check_seq_length(seq_length, data.table.chunk_length)
-        tokenizer = distributed.together(data.open_tokenizer)
+        tokenizer, search = distributed.together(data.open_tokenizer), _Search(config, data.table)
         files, lines = {}, []
         for flag, items in (("--sft-data", given.sft_data), ("--sft-valid-data", given.sft_valid_data)):
             sources = []
             for weight, path in distributed.together(functools.partial(weighted, flag, items)):
                 examples = _encoded(config, data, tokenizer, flag, path)
-                neighbors = _neighbors(config, data, examples, path)
-                sources.append(ExampleSource(path, examples, weight, neighbors))
-                lines.append(_described(flag, path, examples, seq_length))
+                neighbors = search.neighbors(examples, path.name)
+                num_chunks = examples.num_chunks(data.table.chunk_length)
+                members = packed(num_chunks, seq_length // data.table.chunk_length)
+                weight = weight if flag == "--sft-data" else 0.0  # evaluation reads each sample once
+                sources.append(ExampleSource(path, examples, weight, neighbors, members))
+                lines.append(_described(flag, sources[-1], seq_length))
             files[flag] = sources
         prints = distributed.together(
             lambda: [[source.weight, storage.fingerprint(source.path)] for source in files["--sft-data"]]
@@ -147,12 +150,14 @@ def _encoded(
     return examples
 
 
-def _described(flag: str, path: pathlib.Path, examples: Examples, seq_length: int) -> str:
+def _described(flag: str, source: ExampleSource, seq_length: int) -> str:
+    examples, num_samples = source.examples, len(source.samples)
     counts, with_texts = examples.counts, int((examples.num_contexts > 0).sum())
     tokens, predicted = len(examples.tokens.values), int(examples.is_answer.values.sum())
     told = [
         f"{len(examples):,} examples, {with_texts:,} of them with ctxs",
         f"{tokens:,} tokens, {predicted / tokens:.1%} of them answers'",
+        f"packed into {num_samples:,} samples, {1 - tokens / (num_samples * seq_length):.1%} of them padding",
     ]
     if counts.get("cut"):
         told.append(f"{counts['cut']:,} cut at --seq-length {seq_length}")
@@ -162,51 +167,74 @@ def _described(flag: str, path: pathlib.Path, examples: Examples, seq_length: in
         told.append(f"{counts['cut contexts']:,} texts of ctxs cut at two chunks")
     if counts.get("left out"):
         told.append(f"{counts['left out']:,} texts of ctxs beyond --retro-num-neighbors left out")
-    return f"{flag} {path}: {'; '.join(told)}"
+    return f"{flag} {source.path}: {'; '.join(told)}"
 
 
 # ------------------------------------------------------------------------------------------------ retrieval
 
 
-def _neighbors(config: PretrainConfig, data: TrainingData, examples: Examples, path: pathlib.Path) -> np.ndarray:
-    """What the work dir has for the queries of a file's examples: ids [queries, K_saved] int64."""
-    queries, retro = examples.queries(data.table.chunk_length), config.active_retro
-    if retro is None or not len(queries):
-        return np.full((len(queries), 1), -1)
-    work = distributed.together(lambda: open_work_dir(str(config.retro.retro_work_dir)))
-    work.full = config.data.verify_data == "full"
-    work.verify(STAGES)
-    return _asked(work, data, retro, queries, config.run.save, f"retrieve for {path.name}")
+class _Search:
+    """Asks the work dir; its index is opened when there is something to ask."""
 
+    def __init__(self, config: PretrainConfig, table: ChunkTable):
+        self._config, self._table = config, table
 
-def _asked(
-    work: WorkDir, data: TrainingData, retro: RetroConfig, queries: np.ndarray, save: str | None, stage: str
-) -> np.ndarray:
-    saved = work.facts("neighbors")["num_neighbors"]
-    check_num_neighbors(retro.retro_num_neighbors, saved)
-    contents = xxhash.xxh3_128(queries.tobytes()).hexdigest()
-    digest = storage.digest_of([contents, work.manifest["stages"]["neighbors"]["digest"]])
-    folder = distributed.all_gather(distributed.together(lambda: _folder(work.path, save)))[0] / digest
-    begins = list(range(0, len(queries), _BLOCK))
-    paths = [folder / f"{begin}-{min(begin + _BLOCK, len(queries))}.npy" for begin in begins]
-    retriever: list[LiveRetriever] = []
+    @functools.cached_property
+    def _work(self) -> WorkDir:
+        """Verified, by all ranks."""
+        work = distributed.together(lambda: open_work_dir(str(self._config.retro.retro_work_dir)))
+        work.full = self._config.data.verify_data == "full"
+        work.verify(STAGES)
+        check_num_neighbors(self._config.retro.retro_num_neighbors, self._num_saved(work))
+        return work
 
-    def make(numbers: list[int], advance: Advance) -> None:
-        if not retriever:
-            retriever.append(LiveRetriever(work))
-        for number in numbers:
-            found = []
-            rows = queries[begins[number] : begins[number] + _BLOCK]
-            for some in np.array_split(rows, -(-len(rows) // 64)):
-                texts = retriever[0].tokenizer.decode(some.tolist())
-                ids, distances = retriever[0].search(texts, saved)
-                found.append(without_repeats(data.table, ids, distances, saved)[0])
-                advance(len(some))
-            storage.save_npy(paths[number], np.concatenate(found))
+    @functools.cached_property
+    def _retriever(self) -> LiveRetriever:
+        return LiveRetriever(self._work)
 
-    sizes = [min(_BLOCK, len(queries) - begin) for begin in begins]
-    make_blocks(stage, sizes, lambda number: paths[number].exists(), make)
-    return distributed.together(lambda: _loaded(paths, sizes, saved, data.table.num_chunks))
+    def _num_saved(self, work: WorkDir) -> int:
+        return work.facts("neighbors")["num_neighbors"]
+
+    def neighbors(self, examples: Examples, name: str) -> np.ndarray:
+        """The best chunks for the queries of a file's examples, ids [queries, K_saved] int64; every rank calls it."""
+        queries = examples.queries(self._table.chunk_length)
+        if self._config.active_retro is None or not len(queries):
+            return np.full((len(queries), 1), -1)
+        work, k = self._work, self._num_saved(self._work)
+        contents = xxhash.xxh3_128(queries.tobytes()).hexdigest()
+        digest = storage.digest_of([contents, work.manifest["stages"]["neighbors"]["digest"]])
+        folder = distributed.all_gather(distributed.together(self._folder))[0] / digest
+        bounds = [(begin, min(begin + _BLOCK, len(queries))) for begin in range(0, len(queries), _BLOCK)]
+        paths = [folder / f"{begin}-{end}.npy" for begin, end in bounds]
+
+        def make(numbers: list[int], advance: Advance) -> None:
+            for number in numbers:
+                storage.save_npy(paths[number], self._ask(queries[slice(*bounds[number])], k, advance))
+
+        sizes = [end - begin for begin, end in bounds]
+        make_blocks(f"retrieve for {name}", sizes, lambda number: paths[number].exists(), make)
+        return distributed.together(lambda: _loaded(paths, sizes, k, self._table.num_chunks))
+
+    def _ask(self, queries: np.ndarray, k: int, advance: Advance) -> np.ndarray:
+        """[n, C] tokens -> [n, k] ids, as generation finds them."""
+        found = []
+        for begin in range(0, len(queries), _ASKED_AT_ONCE):
+            texts = self._retriever.tokenizer.decode(queries[begin : begin + _ASKED_AT_ONCE].tolist())
+            ids, _ = without_repeats(self._table, *self._retriever.search(texts, k), k)
+            found.append(ids)
+            advance(len(texts))
+        return np.concatenate(found)
+
+    def _folder(self) -> pathlib.Path:
+        """Where what was found is kept."""
+        work, save = self._work.path, self._config.run.save
+        try:
+            storage.check_writable("--retro-work-dir", work)
+        except UserError:
+            if not save:
+                raise
+            return pathlib.Path(save) / "sft"
+        return work / "sft"
 
 
 def _loaded(paths: list[pathlib.Path], sizes: list[int], saved: int, num_chunks: int) -> np.ndarray:
@@ -218,13 +246,3 @@ def _loaded(paths: list[pathlib.Path], sizes: list[int], saved: int, num_chunks:
             raise UserError(f"{path} holds ids {ids.min()} … {ids.max()} of {num_chunks} chunks; {way_out}")
         blocks.append(ids)
     return np.concatenate(blocks)
-
-
-def _folder(work: pathlib.Path, save: str | None) -> pathlib.Path:
-    try:
-        storage.check_writable("--retro-work-dir", work)
-    except UserError:
-        if not save:
-            raise
-        return pathlib.Path(save) / "sft"
-    return work / "sft"
