@@ -69,11 +69,14 @@ class Old:
 
     def weights(self, seed: int = 0) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        return {
+        weights = {
             name: torch.randn(shape, generator=generator) * (shape[1] ** -0.5 if len(shape) == 2 else 0.4)
             + (1.0 if re.search(r"norm\.weight$", name) and not self.like_43b else 0.0)
             for name, shape in self._shapes().items()
         }
+        if not self.final_norm:  # what it would bring to one size is larger here
+            weights["output_layer.weight"] *= 0.2
+        return weights
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (V, D)}

@@ -6,6 +6,7 @@ import pathlib
 import megatron_lm_helpers as theirs
 import pytest
 import torch
+from launch import run_forked
 from megatron_lm_helpers import B, Computed, Old
 from model_helpers import initialize
 
@@ -61,7 +62,45 @@ def test_logits_equal_the_old_model(name, tmp_path):
         assert expected.std() > 0.3
 
 
+def test_two_ranks_compute_the_same(tmp_path):
+    tokens, neighbors = theirs.tokens_and_neighbors()
+    names = {"core": "core, Transformer Engine", "later": "core, later", "legacy": "legacy, as 43B"}
+    expected = {}
+    for folder, name in names.items():
+        old, layout = MODELS[name]
+        theirs.save(tmp_path / folder, old, old.weights(), **layout)
+        computed = Computed(old, old.weights())
+        expected[folder] = torch.stack([computed.logits(tokens[b], neighbors[b]) for b in range(B)])
+    cases = [f"{tmp_path / folder}:{layout}" for folder in names for layout in ("2x1xSP", "1x2")]
+    run_forked("tests/megatron_lm_worker.py", tmp_path / "out.pt", *cases, ranks=2)
+    for case, logits in torch.load(tmp_path / "out.pt").items():
+        folder = pathlib.Path(case.rsplit(":", 1)[0]).name
+        torch.testing.assert_close(
+            logits.double(), expected[folder], **CLOSE, msg=lambda told, case=case: f"{case} {told}"
+        )
+
+
+def test_training_reaches_every_weight(tmp_path):
+    old, layout = MODELS["core, Transformer Engine"]
+    theirs.save(tmp_path, old, old.weights(), **layout)
+    model = load(MegatronCheckpoint(tmp_path, trust_pickle=True)).train()
+    tokens, neighbors = theirs.tokens_and_neighbors()
+    lengths = torch.ones(neighbors.shape[:3], dtype=torch.int64)
+    loss, _ = model(tokens, tokens, neighbor_tokens_BxLxKxR=neighbors, neighbor_lengths_BxLxK=lengths)
+    loss.backward()
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.parameters())
+
+
 # ------------------------------------------------------------------------------------------------ what it refuses
+
+
+def test_the_flag_is_needed(tmp_path):
+    one_shard(tmp_path)
+    flags = ["--retro-fit-from", tmp_path, "--retro-work-dir", tmp_path, "--num-layers", 3]
+    refused = run_forked("pretrain_retro.py", *flags, expect=2)
+    assert "--trust-pickle" in refused and "Traceback" not in refused
+    read = run_forked("pretrain_retro.py", *flags, "--trust-pickle", expect=2)
+    assert f"--num-layers is 3, --retro-fit-from {tmp_path / 'iter_0001200'} has 9" in read
 
 
 class Bomb:

@@ -24,12 +24,12 @@ def open_source(
     path = pathlib.Path(directory)
     if not path.is_dir():
         raise UserError(f"{flag} {directory}: no such directory")
+    if is_megatron(path):  # first: its directories are called as ours are
+        return MegatronCheckpoint(path, trust_pickle)
     if newest := checkpoint_files.find(directory):
         return OwnCheckpoint(newest)
     if (path / "config.json").is_file():
         return HuggingFaceDirectory(path)
-    if is_megatron(path):
-        return MegatronCheckpoint(path, trust_pickle)
     raise UserError(
         f"{flag} {directory} holds no model: no checkpoint of this project (iter_…), no Hugging Face directory "
         "(config.json), and none of Megatron-LM's (mp_rank_00)"
