@@ -71,7 +71,8 @@ def test_two_ranks_compute_the_same(tmp_path):
         theirs.save(tmp_path / folder, old, old.weights(), **layout)
         computed = Computed(old, old.weights())
         expected[folder] = torch.stack([computed.logits(tokens[b], neighbors[b]) for b in range(B)])
-    cases = [f"{tmp_path / folder}:{layout}" for folder in names for layout in ("2x1xSP", "1x2")]
+    layouts = ["core:2x1xSP", "core:1x2", "later:2x1xSP", "legacy:1x2"]
+    cases = [f"{tmp_path / folder}:{layout}" for folder, layout in (case.split(":") for case in layouts)]
     run_forked("tests/megatron_lm_worker.py", tmp_path / "out.pt", *cases, ranks=2)
     for case, logits in torch.load(tmp_path / "out.pt").items():
         folder = pathlib.Path(case.rsplit(":", 1)[0]).name
