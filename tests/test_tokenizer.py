@@ -1,11 +1,15 @@
 """A trained tokenizer keeps every character; others give what they are asked for or say what they lack."""
 
+import json
+import math
 import random
+import re
 
 import pytest
+import transformers
 from conftest import stdlib_texts
 
-from megatron_retro.data.tokenizer import Tokenizer, train
+from megatron_retro.data.tokenizer import Tokenizer, gpt2_json, train
 from megatron_retro.errors import UserError
 
 
@@ -107,3 +111,80 @@ def test_unusable_models_are_refused(tmp_path):
             Tokenizer.open(tmp_path / name)
     with pytest.raises(UserError, match="has no end-of-document token"):
         Tokenizer.open(hugging_face(tmp_path / "plain.json", special=()))
+
+
+# ------------------------------------------------------------------------------------------------ GPT-2's two files
+
+
+def gpt2_files(directory):
+    """`vocab.json` and `merges.txt` as GPT-2's were written, of a BPE trained here; <|endoftext|> is its last id."""
+    model = json.loads(hugging_face(directory / "trained.json", special=()).read_text())["model"]
+    vocab = {**model["vocab"], "<|endoftext|>": len(model["vocab"])}
+    (directory / "vocab.json").write_text(json.dumps(vocab))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"]), ""]
+    (directory / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    return directory / "vocab.json", directory / "merges.txt"
+
+
+def restated_gpt2(vocab_file, merge_file):
+    """Byte-level BPE from its description: words, bytes as characters, and the first of the merges that fits."""
+    vocab = json.loads(vocab_file.read_text())
+    merges = merge_file.read_text(encoding="utf-8").splitlines()[1:]
+    rank = {tuple(line.split()): number for number, line in enumerate(merges)}
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in shown]
+    letters = {byte: chr(byte) for byte in shown} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+    def encode(text):
+        ids = []
+        for word in re.findall(r"'(?:[stmd]|re|ve|ll)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+", text):
+            parts = [letters[byte] for byte in word.encode()]
+            while len(parts) > 1:
+                best = min(range(len(parts) - 1), key=lambda at: rank.get((parts[at], parts[at + 1]), math.inf))
+                if (parts[best], parts[best + 1]) not in rank:
+                    break
+                parts[best : best + 2] = [parts[best] + parts[best + 1]]
+            ids += [vocab[part] for part in parts]
+        return ids
+
+    return encode
+
+
+def test_gpt2_files_give_the_ids_of_byte_level_bpe(tmp_path, texts):
+    files = gpt2_files(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(gpt2_json(*files))
+    tokenizer, expected = Tokenizer.open(tmp_path / "tokenizer.json"), restated_gpt2(*files)
+    some = [text[:3000] for text in texts[5:12]] + ["it's  we'll\t\n\n x_y 12ab — 数字 😀  ", "a <|endoftext|> b", ""]
+    assert tokenizer.encode(some) == [expected(text) for text in some]
+    assert round_trip(tokenizer, some) == some
+    assert tokenizer.eod == tokenizer.vocab_size - 1 == len(json.loads(files[0].read_text())) - 1
+    theirs = transformers.GPT2Tokenizer(vocab=str(files[0]), merges=str(files[1]))
+    assert tokenizer.encode(some[:8]) == [theirs(text)["input_ids"] for text in some[:8]]
+
+
+def test_a_directory_is_opened_by_the_file_in_it(tmp_path, trained, texts):
+    assert Tokenizer.open(hugging_face(tmp_path / "tokenizer.json").parent).vocab_size == 400
+    with pytest.raises(UserError, match="directory without tokenizer.json"):
+        (tmp_path / "empty").mkdir()
+        Tokenizer.open(tmp_path / "empty")
+    (tmp_path / "two").mkdir()
+    gpt2_files(tmp_path / "two")
+    with pytest.raises(UserError, match="--vocab-file and --merge-file"):
+        Tokenizer.open(tmp_path / "two")
+
+
+def test_gpt2_files_that_are_none_are_refused(tmp_path):
+    vocab, merges = gpt2_files(tmp_path)
+
+    def refused(vocab_text=None, merges_text=None):
+        one, two = tmp_path / "one", tmp_path / "two"
+        one.write_text(vocab_text or vocab.read_text())
+        two.write_text(merges_text or merges.read_text())
+        with pytest.raises(UserError) as caught:
+            gpt2_json(one, two)
+        return str(caught.value)
+
+    assert "is no vocab.json" in refused(vocab_text="[1, 2]")
+    assert "no id of its own" in refused(vocab_text='{"a": 1, "b": 1}')
+    assert "two:3: 'a' is no pair" in refused(merges_text="#version\na b\na\n")
+    assert "do not belong together" in refused(merges_text="#version\nnot there\n")

@@ -96,8 +96,12 @@ class TokenizerGroup:
     """tokenizer"""
 
     tokenizer_model: str | None = flag(
-        None, "SentencePiece .model or Hugging Face tokenizer.json", show="trained on a sample of the documents"
+        None,
+        "SentencePiece .model, Hugging Face tokenizer.json, or a directory that holds one",
+        show="trained on a sample of the documents",
     )
+    vocab_file: str | None = flag(None, "vocab.json of a GPT-2 tokenizer, with --merge-file")
+    merge_file: str | None = flag(None, "merges.txt of a GPT-2 tokenizer, with --vocab-file")
     vocab_size: int | None = flag(None, "pieces of a trained tokenizer, fewer if the text is small", show="32000")
 
 
@@ -158,11 +162,25 @@ class PreprocessConfig:
             raise UserError(
                 f"--retro-retriever is {self.retrieval.retro_retriever!r}; it takes {', '.join(RETRIEVERS)}"
             )
+        tokenizer = self.tokenizer
+        if bool(tokenizer.vocab_file) != bool(tokenizer.merge_file):
+            alone = "vocab_file" if tokenizer.vocab_file else "merge_file"
+            raise UserError(f"{flag_name(alone)} is given alone; a GPT-2 tokenizer is --vocab-file and --merge-file")
+        if tokenizer.tokenizer_model and tokenizer.vocab_file:
+            raise UserError(
+                f"--tokenizer-model {tokenizer.tokenizer_model} and --vocab-file {tokenizer.vocab_file} are two "
+                "tokenizers; give one"
+            )
         if self.documents.document_ids and self.tasks() != ("remove-documents",):
             raise UserError("--document-ids goes with --retro-tasks remove-documents")
         check_timeout(self.work.distributed_timeout_minutes)
         if self.work.seed is not None and self.work.seed < 0:
             raise UserError(f"--seed is {self.work.seed}; it takes a whole number of at least 0")
+
+    def tokenizer_paths(self) -> list[str]:
+        """What was given as tokenizer: `--tokenizer-model`, or `--vocab-file` and `--merge-file`, or nothing."""
+        given = (self.tokenizer.tokenizer_model, self.tokenizer.vocab_file, self.tokenizer.merge_file)
+        return [path for path in given if path]
 
     def tasks(self) -> tuple[str, ...]:
         """The tasks to do, in order.

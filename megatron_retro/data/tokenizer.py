@@ -1,16 +1,18 @@
 """Tokenizers: text to token ids and back.
 
 A SentencePiece model (one trained here keeps every character: `decode(encode(x)) == x`) or a Hugging Face
-`tokenizer.json`.
+`tokenizer.json`, which GPT-2's vocabulary and merges are made into.
 """
 
 import abc
 import io
+import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
 
 from megatron_retro.errors import UserError
+from megatron_retro.reading import parse_json, read_text
 
 EOD_NAMES = ("<eod>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 PAD_NAMES = ("<pad>", "<|pad|>", "<|padding|>", "[PAD]")
@@ -36,14 +38,12 @@ class Tokenizer(abc.ABC):
 
     @staticmethod
     def open(path: str | os.PathLike) -> "Tokenizer":
-        """Open a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
+        """Open a SentencePiece `.model`, a Hugging Face `tokenizer.json`, or a directory that holds one of them.
 
         Raises:
             UserError: not readable as either, or it has no end-of-document id.
         """
-        path = pathlib.Path(path)
-        if not path.is_file():
-            raise UserError(f"--tokenizer-model {path}: no such file")
+        path = tokenizer_file(pathlib.Path(path))
         return JsonTokenizer(path) if path.suffix == ".json" else PieceTokenizer(path)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -123,6 +123,60 @@ class JsonTokenizer(Tokenizer):
     def decode(self, tokens: list[list[int]]) -> list[str]:
         kept = [[id for id in row if id not in self._control] for row in tokens]
         return self._model.decode_batch(kept, skip_special_tokens=True)
+
+
+def tokenizer_file(path: pathlib.Path) -> pathlib.Path:
+    """`path`, or of a Hugging Face directory the tokenizer's file in it.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = ("tokenizer.json", "tokenizer.model")
+    file = next((path / name for name in names if (path / name).is_file()), path)
+    if path.is_dir() and file == path:
+        way_out = "; give them as --vocab-file and --merge-file" if (path / "merges.txt").is_file() else ""
+        raise UserError(f"--tokenizer-model {path} is a directory without {' or '.join(names)}{way_out}")
+    if not file.is_file():
+        raise UserError(f"--tokenizer-model {path}: no such file")
+    return file
+
+
+def gpt2_json(vocab_file: pathlib.Path, merge_file: pathlib.Path) -> bytes:
+    """GPT-2's byte-level BPE as the content of a `tokenizer.json`, with the ids of Megatron's GPT2BPETokenizer.
+
+    Args:
+        vocab_file: a JSON object, token -> id.
+        merge_file: a header line, then a pair of tokens a line, the first one to be merged first.
+
+    Raises:
+        UserError: they are not that, or do not belong together.
+    """
+    given = f"--vocab-file {vocab_file} --merge-file {merge_file}"
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError(f"{given} needs the package tokenizers: pip install tokenizers") from None
+    try:
+        vocab = parse_json(read_text(f"--vocab-file {vocab_file}", vocab_file))
+        ids = list(vocab.values())
+        if not all(type(id) is int and id >= 0 for id in ids) or len(set(ids)) < len(ids):
+            raise ValueError("a token has no id of its own")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"--vocab-file {vocab_file} is no vocab.json, token -> id ({error})") from None
+    # The first line and what stands behind the last end of line are no merges, whatever they hold: so Megatron reads it.
+    lines = read_text(f"--merge-file {merge_file}", merge_file).split("\n")[1:-1]
+    merges = [tuple(line.split()) for line in lines]
+    wrong = next((number for number, merge in enumerate(merges, 2) if len(merge) != 2), 0)
+    if wrong:
+        raise UserError(f"--merge-file {merge_file}:{wrong}: {lines[wrong - 2]!r} is no pair of tokens")
+    try:
+        model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))  # type: ignore[arg-type]
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{given} do not belong together ({error})") from None
+    # <|endoftext|> stays an entry as any other: where it stands in a text, that is spelled out, as Megatron does.
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    return json.dumps(parse_json(model.to_str()), ensure_ascii=False).encode()
 
 
 def pieces(text: str) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import pathlib
+import tempfile
 import time
 from typing import Any
 
@@ -32,11 +33,11 @@ def check_sources(config: PreprocessConfig, work: WorkDir) -> None:
                 f"--input/--data-path is {_told(ours)}, but --retro-work-dir {work.path} was made from "
                 f"{_told(theirs)}; leave the flag out, or build a new work dir"
             )
-    if config.tokenizer.tokenizer_model and "tokenizer" in settings:
+    if config.tokenizer_paths() and "tokenizer" in settings:
         found = _tokenizer_print(config)
         if found != settings["tokenizer"]:
             raise UserError(
-                f"--tokenizer-model {config.tokenizer.tokenizer_model} is {found}, but --retro-work-dir {work.path} "
+                f"{_tokenizer_flag(config)} is {found}, but --retro-work-dir {work.path} "
                 f"was made with {settings['tokenizer']}; leave the flag out, or build a new work dir"
             )
 
@@ -46,12 +47,21 @@ def _told(source: dict[str, Any]) -> str:
 
 
 def _tokenizer_print(config: PreprocessConfig) -> str:
-    model = config.tokenizer.tokenizer_model
-    if model is None:
-        return _TRAINED
-    if not pathlib.Path(model).is_file():
-        raise UserError(f"--tokenizer-model {model}: no such file")
-    return fingerprint(pathlib.Path(model))
+    from megatron_retro.data.tokenizer import tokenizer_file
+
+    paths = [pathlib.Path(path) for path in config.tokenizer_paths()]
+    if len(paths) == 1:
+        return fingerprint(tokenizer_file(paths[0]))
+    for flag, path in zip(("--vocab-file", "--merge-file"), paths, strict=False):
+        if not path.is_file():
+            raise UserError(f"{flag} {path}: no such file")
+    return " ".join(map(fingerprint, paths)) or _TRAINED
+
+
+def _tokenizer_flag(config: PreprocessConfig) -> str:
+    """The tokenizer as it was given, for messages."""
+    paths = config.tokenizer_paths()
+    return f"--tokenizer-model {paths[0]}" if len(paths) == 1 else f"--vocab-file {paths[0]} --merge-file {paths[1]}"
 
 
 def describe(config: PreprocessConfig) -> list[dict[str, Any]]:
@@ -153,8 +163,11 @@ def _settle_sources(work: WorkDir, config: PreprocessConfig, known: dict[str, di
 
     if "sources" not in work.settings:
         work.settings["sources"] = describe(config)
-        if config.documents.data_path and config.tokenizer.tokenizer_model is None:
-            raise UserError("--data-path needs --tokenizer-model: the tokenizer that made its tokens")
+        if config.documents.data_path and not config.tokenizer_paths():
+            raise UserError(
+                "--data-path needs --tokenizer-model, or --vocab-file and --merge-file: the tokenizer that made its "
+                "tokens"
+            )
         work.settings["tokenizer"] = _tokenizer_print(config)
     for source in work.settings["sources"]:
         if source["name"] in known:
@@ -203,25 +216,27 @@ def _check_texts(work: WorkDir, source: dict[str, Any], *, is_key_settled: bool)
 
 
 def _make_tokenizer(work: WorkDir, config: PreprocessConfig) -> None:
-    from megatron_retro.data.tokenizer import Tokenizer
+    from megatron_retro.data.tokenizer import Tokenizer, gpt2_json, tokenizer_file
 
-    model = config.tokenizer.tokenizer_model
-    if model is None and work.settings["tokenizer"] != _TRAINED:
-        raise UserError(f"--retro-work-dir {work.path} has lost its tokenizer; give --tokenizer-model again")
-    if model:
-        _check_tokenizer(work, Tokenizer.open(model))
-    content = pathlib.Path(model).read_bytes() if model else _train_tokenizer(work)
-    path = work.path / "tokenizer" / f"tokenizer{_suffix(pathlib.Path(model or ''))}"
+    given = [pathlib.Path(path) for path in config.tokenizer_paths()]
+    if not given and work.settings["tokenizer"] != _TRAINED:
+        raise UserError(f"--retro-work-dir {work.path} has lost its tokenizer; give its flags again")
+    file = tokenizer_file(given[0]) if len(given) == 1 else None
+    content = file.read_bytes() if file else gpt2_json(*given) if given else _train_tokenizer(work)
+    path = work.path / "tokenizer" / f"tokenizer{_suffix(file) if file else '.json' if given else '.model'}"
+    with tempfile.TemporaryDirectory() as folder:  # nothing is written for a tokenizer that is refused
+        (pathlib.Path(folder) / path.name).write_bytes(content)
+        _check_tokenizer(work, Tokenizer.open(pathlib.Path(folder) / path.name))
     write_atomically(path, lambda file: file.write(content))
     work.commit("tokenizer", describe_tokenizer(path), [path])
 
 
 def describe_tokenizer(path: pathlib.Path) -> dict[str, Any]:
     """What a work dir with this tokenizer records of it."""
-    from megatron_retro.data.tokenizer import Tokenizer
+    from megatron_retro.data.tokenizer import Tokenizer, tokenizer_file
 
     made = Tokenizer.open(path)
-    name = f"tokenizer/tokenizer{_suffix(path)}"
+    name = f"tokenizer/tokenizer{_suffix(tokenizer_file(path))}"
     return {"file": name, "vocab_size": made.vocab_size, "eod": made.eod, "pad": made.pad}
 
 
