@@ -19,6 +19,7 @@ EXTRAS = {
     # `apex` on PyPI is another project), so it is no requirement of anything here.
     "te": ["transformer-engine[pytorch]>=2.9"],
     "hf": ["tokenizers>=0.21", "transformers>=5.0"],
+    "hdf5": ["h5py>=3.10"],
     "lm-eval": ["lm-eval>=0.4.9"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.34"],
     "dev": [

@@ -107,7 +107,14 @@ def test_pins_lie_in_the_ranges_of_setup_py() -> None:
     given = json.loads(done.stdout)
     pins = {**requirements("requirements.txt"), **requirements("requirements-no-deps.txt")}
     extras = given["extras_require"]
-    for text in [*given["install_requires"], *extras["cpu"], *extras["hf"], *extras["serve"], *extras["dev"]]:
+    for text in [
+        *given["install_requires"],
+        *extras["cpu"],
+        *extras["hf"],
+        *extras["hdf5"],
+        *extras["serve"],
+        *extras["dev"],
+    ]:
         wanted = Requirement(text)
         (pin,) = pins[wanted.name.lower()].specifier
         assert pin.operator == "==" and wanted.specifier.contains(pin.version), f"{text}, pinned at {pin}"

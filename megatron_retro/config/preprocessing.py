@@ -80,6 +80,9 @@ class DocumentGroup:
     data_path: tuple[str, ...] = flag(
         (), "[WEIGHT] PREFIX …: Megatron .bin/.idx prefixes, used in place; needs --tokenizer-model", many=True
     )
+    retro_project_dir: str | None = flag(
+        None, "RETRO project of Megatron-LM up to 0.15: its corpora, tokenizer, splits, index and neighbors are taken"
+    )
     json_key: str | None = flag(None, "key of a JSON line (column of a Parquet file) that holds the text", show="text")
     document_ids: str | None = flag(
         None, "remove-documents: a file with one document id, <corpus>:<number>, a line; numbers count from 0"

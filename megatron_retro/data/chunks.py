@@ -64,6 +64,23 @@ class Corpus:
         return cls(name, tokens, starts[first], ends[last] - ends[first], weight, retrieved)
 
 
+def sequences(prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What Megatron's `<prefix>.idx` says of the sequences that documents consist of.
+
+    Returns:
+        (first token in the `.bin`, tokens, each [num_sequences] int64; first sequence of each document and behind the
+        last one's last, [num_documents + 1] int64).
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        dtype, lengths, pointers, documents = _read_index(pathlib.Path(f"{prefix}.idx"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"--data-path {prefix}: its .idx {error}; write it again") from None
+    return pointers // dtype.itemsize, lengths.astype(np.int64), documents
+
+
 def _read_index(path: pathlib.Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
     """Megatron's `.idx`, its arrays mapped into memory.
 
@@ -151,6 +168,7 @@ class ChunkTable:
         corpus_documents: [num_corpora + 1] int64, first document id of each corpus.
         removed: [num_documents] bool, documents that are in no split any more.
         vocab_size: ids of the tokenizer that made the tokens; None where that is not known.
+        in_order: whether splits are taken from a corpus one behind the other, as Megatron does, not spread evenly.
     """
 
     def __init__(
@@ -159,9 +177,12 @@ class ChunkTable:
         chunk_length: int,
         removed: np.ndarray | None = None,
         vocab_size: int | None = None,
+        *,
+        in_order: bool = False,
     ):
         """`removed` holds document ids (int64)."""
         self.corpora, self.chunk_length, self.vocab_size = corpora, chunk_length, vocab_size
+        self.in_order = in_order
         self.corpus_documents = np.cumsum([0] + [len(corpus.length) for corpus in corpora])
         self._start = np.concatenate([corpus.start for corpus in corpora])
         self._length = np.concatenate([corpus.length for corpus in corpora])
@@ -185,7 +206,8 @@ class ChunkTable:
         facts = work.facts("chunks")
         corpora = open_corpora(work, facts.get("excluded_corpora", []))
         removed = removed_documents(work.path / facts["removed"]) if facts.get("removed") else None
-        table = cls(corpora, facts["chunk_length"], removed, work.facts("tokenizer")["vocab_size"])
+        vocab_size, in_order = work.facts("tokenizer")["vocab_size"], facts.get("in_order", False)
+        table = cls(corpora, facts["chunk_length"], removed, vocab_size, in_order=in_order)
         for number, corpus in enumerate(corpora):
             path = work.directory("chunks") / f"{corpus.name}.npy"
             stored = load_array(path, np.int64, (None,))
@@ -224,6 +246,13 @@ class ChunkTable:
         """[n] chunk ids -> [n, 2] int64: first chunk id of each one's document and of the next document."""
         document = self.document(chunk)
         return np.stack([self.first_chunk[document], self.first_chunk[document + 1]], axis=1)
+
+    def lengths(self, chunk: np.ndarray) -> np.ndarray:
+        """The tokens of each chunk id (same shape, int64)."""
+        document = self.document(chunk)
+        return np.minimum(
+            self._length[document] - (chunk - self.first_chunk[document]) * self.chunk_length, self.chunk_length
+        )
 
     def is_last(self, chunk: np.ndarray) -> np.ndarray:
         """Whether each chunk is the last of its document (same shape, bool)."""
@@ -284,16 +313,22 @@ class ChunkTable:
         """Ids of the documents in a split, ascending (int64); removed ones are in none.
 
         A document's split follows from its number in its corpus alone (Fibonacci hashing: evenly spread, exact to
-        about one document, unchanged when the corpus grows).
+        about one document, unchanged when the corpus grows); of a Megatron project, it is the one it had there.
 
         Args:
             split: "train", "valid" or "test".
             weights: share of each split, in any unit.
         """
         bounds = np.cumsum([0.0, *weights]) / sum(weights)
+        number = SPLITS.index(split)
+        if self.in_order:
+            sizes = [len(corpus.length) for corpus in self.corpora]
+            ends = [[round(bound * size) for bound in bounds[number : number + 2]] for size in sizes]
+            begin, end = (np.array(ends) + self.corpus_documents[:-1, None]).T
+            documents = ranges(begin, end)
+            return documents[~self.removed[documents]]
         local = np.concatenate([np.arange(len(corpus.length)) for corpus in self.corpora])
         share = ((local.astype(np.uint64) + np.uint64(1)) * _FIBONACCI >> np.uint64(11)).astype(np.float64) / 2**53
-        number = SPLITS.index(split)
         return np.flatnonzero((bounds[number] <= share) & (share < bounds[number + 1]) & ~self.removed)
 
     def chunks_of(self, documents: np.ndarray) -> np.ndarray:

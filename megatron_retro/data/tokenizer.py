@@ -163,7 +163,7 @@ def gpt2_json(vocab_file: pathlib.Path, merge_file: pathlib.Path) -> bytes:
             raise ValueError("a token has no id of its own")
     except (ValueError, AttributeError) as error:
         raise UserError(f"--vocab-file {vocab_file} is no vocab.json, token -> id ({error})") from None
-    # The first line and what stands behind the last end of line are no merges, whatever they hold: so Megatron reads it.
+    # As Megatron reads it: the first line and what stands behind the last end of line are no merges, whatever it is.
     lines = read_text(f"--merge-file {merge_file}", merge_file).split("\n")[1:-1]
     merges = [tuple(line.split()) for line in lines]
     wrong = next((number for number, merge in enumerate(merges, 2) if len(merge) != 2), 0)

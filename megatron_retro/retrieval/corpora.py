@@ -33,6 +33,12 @@ def check_sources(config: PreprocessConfig, work: WorkDir) -> None:
                 f"--input/--data-path is {_told(ours)}, but --retro-work-dir {work.path} was made from "
                 f"{_told(theirs)}; leave the flag out, or build a new work dir"
             )
+    project, recorded = config.documents.retro_project_dir, settings.get("retro_project_dir")
+    if project and "sources" in settings and project != recorded:
+        raise UserError(
+            f"--retro-project-dir is {project}, but --retro-work-dir {work.path} was made "
+            f"{f'from {recorded}' if recorded else 'without one'}; leave the flag out, or build a new work dir"
+        )
     if config.tokenizer_paths() and "tokenizer" in settings:
         found = _tokenizer_print(config)
         if found != settings["tokenizer"]:
@@ -72,7 +78,7 @@ def describe(config: PreprocessConfig) -> list[dict[str, Any]]:
         {"name": source.name, "path": source.path, "fingerprint": source.fingerprint(), "weight": 0.0, "tokens": False}
         for source in find_sources(config.documents.input)
     ]
-    for weight, prefix in _weighted_prefixes(config.documents.data_path):
+    for weight, prefix in weighted_prefixes(config.documents.data_path):
         described.append(
             {"name": pathlib.Path(prefix).name, "path": prefix, "fingerprint": "", "weight": weight, "tokens": True}
         )
@@ -83,7 +89,7 @@ def describe(config: PreprocessConfig) -> list[dict[str, Any]]:
     return described
 
 
-def _weighted_prefixes(values: tuple[str, ...]) -> list[tuple[float, str]]:
+def weighted_prefixes(values: tuple[str, ...]) -> list[tuple[float, str]]:
     """Megatron's two forms: `PREFIX …` (weight 0: by size) or `WEIGHT PREFIX WEIGHT PREFIX …`."""
     try:
         weights = [float(value) for value in values[::2]] if len(values) > 1 else []
@@ -169,6 +175,8 @@ def _settle_sources(work: WorkDir, config: PreprocessConfig, known: dict[str, di
                 "tokens"
             )
         work.settings["tokenizer"] = _tokenizer_print(config)
+        if config.documents.retro_project_dir:
+            work.settings["retro_project_dir"] = config.documents.retro_project_dir
     for source in work.settings["sources"]:
         if source["name"] in known:
             continue

@@ -155,11 +155,19 @@ def plan_shards(blocks: list[Block], num_shards: int) -> list[list[Block]]:
 
 
 def fill(
-    index: Any, blocks: list[Block], embeddings: EmbeddingTable, database: Database, advance: Callable[[int], None]
+    index: Any,
+    blocks: list[Block],
+    embeddings: EmbeddingTable,
+    database: Database,
+    advance: Callable[[int], None],
+    there: np.ndarray,
 ) -> None:
-    """Add the database's chunks of `blocks`, under their chunk ids; `advance` is told the chunks of each block."""
+    """Add the database's chunks of `blocks`, under their chunk ids, but for those that are `there` (ascending ids).
+
+    `advance` is told the chunks of each block.
+    """
     for block in blocks:
-        chunks = database.chunks_within(block.first, block.first + len(block))
+        chunks = np.setdiff1d(database.chunks_within(block.first, block.first + len(block)), there)
         if len(chunks):
             index.add_with_ids(embeddings.rows(chunks).astype(np.float32), chunks)
         advance(len(block))
@@ -173,8 +181,8 @@ def write_index(path: pathlib.Path, index: Any) -> None:
         faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write, 1 << 20))  # type: ignore[attr-defined]
 
 
-def read_index(path: pathlib.Path, width: int, *, mapped: bool = False) -> Any:
-    """Read an index of embeddings of `width`; `mapped` leaves its codes on disk until they are looked at.
+def read_index(path: pathlib.Path, width: int | None, *, mapped: bool = False) -> Any:
+    """Read an index of embeddings of `width`, None for any; `mapped` leaves its codes on disk until they are looked at.
 
     Raises:
         UserError: it is no index, or of another width.
@@ -193,7 +201,7 @@ def read_index(path: pathlib.Path, width: int, *, mapped: bool = False) -> Any:
                 raise RuntimeError("it holds none")
     except (RuntimeError, MemoryError) as error:  # a damaged size may ask for more than there is
         raise UserError(f"{path} is not a FAISS index ({_reason(error)}); restore it from a backup") from None
-    if index.d != width:
+    if width is not None and index.d != width:
         raise UserError(
             f"{path} holds vectors of width {index.d}, the embeddings of --retro-work-dir have width {width}; "
             "restore the index that was made from them, or build a new work dir"

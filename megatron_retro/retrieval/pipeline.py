@@ -8,6 +8,7 @@ Heavy libraries are imported by the tasks that need them, so a run with nothing 
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from megatron_retro import distributed, watch
 from megatron_retro.config.preprocessing import CHANGES, PreprocessConfig, check_given
@@ -30,6 +31,10 @@ def preprocess(config: PreprocessConfig) -> None:
         UserError: bad input or flags, on every rank.
     """
     work = WorkDir(config.work.retro_work_dir or "", full=config.work.verify_data == "full")
+    if config.documents.retro_project_dir:
+        from megatron_retro.retrieval.project import with_project
+
+        config = with_project(config)
     check_given(config, work)
     is_change = config.tasks()[0] in CHANGES
     if not is_change:
@@ -136,12 +141,21 @@ def _run(todo: list[str], work: WorkDir, config: PreprocessConfig, width: int | 
     elif task == "query-neighbors":
         from megatron_retro.retrieval.query import query
 
-        query(work, config)
+        query(work, config, _known_neighbors(work))
     else:
         raise UserError(f"--retro-tasks: no task {task}")
     peak = max(distributed.all_gather(peak_memory()))
     work.on_rank_0(lambda: _record_cost(work, task, time.monotonic() - start, peak))
     say(f"{task}: done in {duration(time.monotonic() - start)}")
+
+
+def _known_neighbors(work: WorkDir) -> Any:
+    """Those of a Megatron project, if the work dir is made from one."""
+    if not stages.project_dir(work):
+        return None
+    from megatron_retro.retrieval.project_import import ProjectNeighbors
+
+    return ProjectNeighbors(work)
 
 
 def _record_cost(work: WorkDir, task: str, more: float, peak: int) -> None:

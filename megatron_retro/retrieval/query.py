@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import time
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -90,7 +90,25 @@ def bm25_directory(work: WorkDir) -> pathlib.Path:
 # ------------------------------------------------------------------------------------------------ the task
 
 
-def query(work: WorkDir, config: PreprocessConfig, saved: "Saved | None" = None) -> None:
+class Known(Protocol):
+    """Neighbors that are there already, for some chunks."""
+
+    def prepare(self, index: OpenIndex, k: int) -> None:
+        """Read them; every rank calls it."""
+
+    def update(
+        self, index: OpenIndex, retriever: Retriever, chunks: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and distances [n, k] of chunks [n], complete."""
+
+    def files(self) -> list[pathlib.Path]:
+        """What of it belongs to the stage."""
+
+    def facts(self) -> dict[str, Any]:
+        """What to record of it."""
+
+
+def query(work: WorkDir, config: PreprocessConfig, saved: Known | None = None) -> None:
     """Find the neighbors of every chunk; where `saved` ones hold, only what has changed is searched."""
     work.on_rank_0(lambda: _settle(work, config))
     index = distributed.together(lambda: OpenIndex.open(work))
@@ -122,8 +140,9 @@ def query(work: WorkDir, config: PreprocessConfig, saved: "Saved | None" = None)
     sizes = [len(block) for block in blocks]
     make_blocks("query-neighbors", sizes, lambda number: unfinished.has(*files_of(number)), make)
     spent = distributed.all_gather((seconds, queries))
-    files = [path for number in range(len(blocks)) for path in files_of(number)]
-    work.on_rank_0(lambda: _commit(work, files, k, *map(sum, zip(*spent, strict=True))))
+    files = [path for number in range(len(blocks)) for path in files_of(number)] + (saved.files() if saved else [])
+    more = saved.facts() if saved else {}
+    work.on_rank_0(lambda: _commit(work, files, k, more, *map(sum, zip(*spent, strict=True))))
 
 
 def _settle(work: WorkDir, config: PreprocessConfig) -> None:
@@ -135,12 +154,12 @@ def _settle(work: WorkDir, config: PreprocessConfig) -> None:
     work.write()
 
 
-def _commit(work: WorkDir, files: list[Any], k: int, seconds: float, queries: int) -> None:
+def _commit(work: WorkDir, files: list[Any], k: int, more_facts: dict[str, Any], seconds: float, queries: int) -> None:
     if queries:
         costs.note(work, "measured", ms_per_query=round(1000 * seconds / queries, 4))
     kind = work.settings["retro_retriever"]
     facts = {"num_neighbors": k, "retriever": kind, "nprobe": work.settings["tuned"].get("nprobe")}
-    facts["block_size"] = work.settings["neighbors_block_size"]
+    facts |= {"block_size": work.settings["neighbors_block_size"], **more_facts}
     words = bm25_directory(work)
     more = sorted(path for path in words.rglob("*") if path.is_file()) if kind != "dense" else []
     work.commit("neighbors", facts, files + more)
@@ -161,7 +180,7 @@ def _build_words(index: OpenIndex) -> None:
 
 
 def _neighbors(
-    index: OpenIndex, retriever: Retriever, saved: "Saved | None", chunks: np.ndarray, k: int
+    index: OpenIndex, retriever: Retriever, saved: Known | None, chunks: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids and distances [n, k] of chunks [n], checked."""
     if saved:
@@ -240,6 +259,12 @@ class Saved:
         self._num_chunks: int = before.facts("chunks")["chunks"]
         self._num_documents: int = before.facts("chunks")["documents"]
         self._added: Retriever | None = None
+
+    def files(self) -> list[pathlib.Path]:
+        return []
+
+    def facts(self) -> dict[str, Any]:
+        return {}
 
     def prepare(self, index: OpenIndex, k: int) -> None:
         """Open the search of what was added."""

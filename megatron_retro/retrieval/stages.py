@@ -85,7 +85,8 @@ def _commit_chunks(work: WorkDir, config: PreprocessConfig) -> None:
             known = ", ".join(corpus.name for corpus in opened)
             raise UserError(f"--retro-exclude-corpora: the work dir has no corpus {name!r}; it has {known}")
     removed = work.settings.get("removed")  # a file of document ids
-    table = ChunkTable(opened, length, removed_documents(work.path / removed) if removed else None)
+    gone, in_order = removed_documents(work.path / removed) if removed else None, "retro_project_dir" in work.settings
+    table = ChunkTable(opened, length, gone, in_order=in_order)
     corpora, files = [], [work.path / removed] if removed else []
     for number, corpus in enumerate(opened):
         begin, end = table.corpus_documents[number : number + 2]
@@ -98,7 +99,18 @@ def _commit_chunks(work: WorkDir, config: PreprocessConfig) -> None:
     counts["database_chunks"] = len(Database.open(table, weights))
     facts = {"chunk_length": length, "split": list(weights), "corpora": corpora, "removed": removed, **counts}
     facts["excluded_corpora"] = excluded
+    if in_order:
+        facts["in_order"] = True
+    if project_dir(work):
+        from megatron_retro.retrieval.project_import import describe_database
+
+        facts["project"] = describe_database(work, table)
     work.commit("chunks", facts, files)
+
+
+def project_dir(work: WorkDir) -> str | None:
+    """The `--retro-project-dir` that a work dir is made from; None once its documents have changed."""
+    return None if work.settings.get("generation") else work.settings.get("retro_project_dir")
 
 
 # ------------------------------------------------------------------------------------------------ embed
@@ -202,8 +214,14 @@ def _write_trained(work: WorkDir, config: PreprocessConfig) -> None:
     from megatron_retro.retrieval import index
 
     settle(config, work, "index-train")
-    _, embeddings, database = open_database(work)
+    table, embeddings, database = open_database(work)
     width = work.facts("embeddings")["width"]
+    if taken := _project_index(work, table, embeddings, width):
+        work.settings["index_factory"], work.settings["project_index"] = taken.factory, str(taken.path)
+        work.write()
+        index.write_index(trained_index(work), taken.empty())
+        work.unfinished("index").note(trained_index(work))
+        return
     memory = work.settings["retro_index_memory_gb"] or half_of_memory()
     factory = index.choose_factory(work.settings["retro_index_str"], len(database), width, memory)
     say(f"index-train: {factory} for {len(database):,} chunks")
@@ -217,6 +235,21 @@ def _write_trained(work: WorkDir, config: PreprocessConfig) -> None:
     work.unfinished("index").note(trained_index(work))
 
 
+def _project_index(work: WorkDir, table: Any, embeddings: Any, width: int) -> Any:
+    """The index of the Megatron project that a work dir is made from; None where it has none that holds here."""
+    if not project_dir(work):
+        return None
+    from megatron_retro.retrieval.project_index import ProjectIndex
+
+    found = ProjectIndex.open(work, table)
+    if found is None:
+        say("index-train: the project has no index of this kind; it is built here")
+        return None
+    reason = found.why_not(embeddings, width)
+    say(f"index-train: {found.path} is {f'built again here: {reason}' if reason else 'taken over'}")
+    return None if reason else found
+
+
 def half_of_memory() -> float:
     """Of this machine, in GB."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2e9
@@ -224,21 +257,28 @@ def half_of_memory() -> float:
 
 def fill_index(work: WorkDir, config: PreprocessConfig) -> None:
     """Every rank fills shards of its own, each with the database's chunks of a range of blocks."""
+    import numpy as np
+
     from megatron_retro.retrieval.index import fill, read_index, write_index
+    from megatron_retro.retrieval.project_index import ProjectIndex
 
     trained = trained_index(work)
     unfinished = distributed.together(lambda: work.unfinished("index"))
     distributed.together(lambda: _check_trained(work, unfinished) if distributed.rank() == 0 else None)
     width = work.facts("embeddings")["width"]
     work.on_rank_0(lambda: _settle_shards(work))
-    _, embeddings, database = distributed.together(lambda: open_database(work))
+    table, embeddings, database = distributed.together(lambda: open_database(work))
     ranges = [(first, end) for first, end in work.settings["index_shards"]]
     shards = [[block for block in embeddings.blocks if first <= block.first < end] for first, end in ranges]
+
+    is_taken = bool(project_dir(work)) and "project_index" in work.settings
+    theirs = distributed.together(lambda: ProjectIndex.open(work, table)) if is_taken else None
 
     def make(numbers: list[int], advance: Advance) -> None:
         for number in numbers:
             index = read_index(trained, width)
-            fill(index, shards[number], embeddings, database, advance)
+            there = theirs.copy_to(index, shards[number], database) if theirs else np.zeros(0, np.int64)
+            fill(index, shards[number], embeddings, database, advance, there)
             write_index(shard_path(work, *ranges[number]), index)
             unfinished.note(shard_path(work, *ranges[number]))
 
@@ -254,6 +294,8 @@ def fill_index(work: WorkDir, config: PreprocessConfig) -> None:
         "width": width,
         "bytes_per_vector": round(num_bytes / len(database), 1),
     }
+    if theirs:
+        facts["project_index"] = str(theirs.path)
     work.on_rank_0(lambda: work.commit("index", facts, [trained, *paths]))
 
 
