@@ -67,12 +67,11 @@ def write_project(path, config, corpora, chunks, neighbors, block_size=50):
     directories = {split: f"{split}_{number:032x}" for number, split in enumerate(neighbors)}
     for split, rows in neighbors.items():
         write_blocks(path / "query" / directories[split], "neighbors", rows, block_size)
-    values = {**config, "retro_block_size": block_size, "retro_bert_vocab_file": "tokenizer/bert-vocab.txt",
-              "retro_neighbor_dirs": {split: directories.get(split) for split in ("train", "valid", "test")}}  # fmt: skip
+    values = {**config, "retro_block_size": block_size, "retro_bert_vocab_file": "tokenizer/bert-vocab.txt"}
+    values["retro_neighbor_dirs"] = {split: directories.get(split) for split in ("train", "valid", "test")}
     (path / "config.json").write_text(json.dumps(values, indent=4, sort_keys=True))
-    infos = [{"prefix": prefix, "ratio": float(weight), "n_docs": len(documents)}
-             for weight, prefix, documents in zip(values["retro_gpt_data_path"][::2],
-                                                  values["retro_gpt_data_path"][1::2], corpora, strict=True)]  # fmt: skip
+    blend = zip(values["retro_gpt_data_path"][::2], values["retro_gpt_data_path"][1::2], corpora, strict=True)
+    infos = [{"prefix": prefix, "ratio": float(weight), "n_docs": len(rows)} for weight, prefix, rows in blend]
     (path / "db" / "merged").mkdir(parents=True)
     (path / "db" / "indexed_dataset_infos.json").write_text(json.dumps(infos))
     with h5py.File(path / "db" / "merged" / "train.hdf5", "w") as file:

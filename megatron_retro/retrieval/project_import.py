@@ -146,7 +146,7 @@ class ProjectNeighbors:
 
     def _read(self, index: OpenIndex) -> None:
         project = Project(pathlib.Path(self._work.settings["retro_project_dir"]))
-        reader = _Reader(project, Places.open(self._work, index.table), index.table, index.database)
+        reader = Reader(project, Places.open(self._work, index.table), index.table, index.database)
         rows, counts = reader.read()
         save_npy(self._path, rows)
         self._work.unfinished("neighbors").note(self._path)
@@ -178,7 +178,7 @@ _COUNTED = [
 ]
 
 
-class _Reader:
+class Reader:
     """Reads all neighbors of a project, counting what is wrong with them."""
 
     def __init__(self, project: Project, places: Places, table: ChunkTable, database: Database):

@@ -84,8 +84,12 @@ class ProjectIndex:
         """The index as trained."""
         import faiss
 
-        index = faiss.clone_index(self._index)
-        index.reset()
+        index = read_index(self.path, None, mapped=True)
+        lists = inverted_lists(index)
+        none = faiss.ArrayInvertedLists(lists.nlist, lists.code_size)
+        lists.replace_invlists(none, True)  # it owns them from now on; those of a mapped file cannot be emptied
+        none.this.disown()  # type: ignore[attr-defined]
+        index.ntotal = lists.ntotal = 0
         return index
 
     def copy_to(self, index: Any, blocks: list[Block], database: Database) -> np.ndarray:

@@ -102,7 +102,8 @@ class Order:
             here = (stream.sequences[at], begin - stream.begin[at], stream.sequences[last], at != last)
             for array, values in zip(found, here, strict=True):
                 array[rows] = values
-        return Windows(corpus, *found[:3], found[3].astype(bool))
+        sequence, offset, last_sequence, across = found
+        return Windows(corpus, sequence, offset, last_sequence, across.astype(bool))
 
 
 def _stream(lengths: np.ndarray, first: int, behind: int, samples: int, seq_length: int, seed: int) -> _Stream:
