@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from launch import ROOT, environment
-from model_helpers import B, C, K, L, S, V, make_configs, make_neighbors, make_tokens
+from model_helpers import AS_MEGATRON_LM, B, C, K, L, S, V, make_configs, make_neighbors, make_tokens
 from test_generation import Library, lively_model
 from torch import Tensor
 
@@ -26,6 +26,7 @@ COMBINATIONS = {
     ),
     "qwen": dict(normalization="RMSNorm", swiglu=True, disable_bias_linear=True, add_qkv_bias=True, qk_layernorm=True),
     "neox": dict(use_parallel_residual=True, rotary_percent=0.34, untie_embeddings_and_output_weights=True),
+    "Megatron-LM's": AS_MEGATRON_LM,
     "gpt2": dict(position_embedding_type="learned_absolute", openai_gelu=True, qk_layernorm=True),
 }  # fmt: skip
 
@@ -97,7 +98,7 @@ def all_neighbors(tokens_BxS: Tensor) -> dict[str, Tensor]:
     return dict(neighbor_input_ids=tokens.unflatten(0, shape), neighbor_lengths=lengths.unflatten(0, shape))
 
 
-@pytest.mark.parametrize("name", ["plain", "llama", "gpt2"])
+@pytest.mark.parametrize("name", ["plain", "llama", "gpt2", "Megatron-LM's"])
 @pytest.mark.parametrize("cuts", [(3, 1, 1, 7), (C, 1, 2 * C), (2 * C + 1, C - 1, 1, 1)], ids=str)
 @torch.no_grad()
 def test_with_a_cache_logits_are_the_same(name: str, cuts: tuple[int, ...]) -> None:

@@ -7,7 +7,6 @@ from transformers import PreTrainedConfig
 
 from megatron_retro.config import flags
 from megatron_retro.config import model as shapes
-from megatron_retro.errors import UserError
 
 _OF_TRAINING = {"retro_work_dir", "retro_retrieval_dropout", "retro_random_neighbor_prob", "retro_max_overlap"}
 _OF_TRAINING |= {"make_vocab_size_divisible_by", "retro_freeze_decoder"}
@@ -78,6 +77,4 @@ def _finished(values: dict[str, Any]) -> tuple[shapes.ModelConfig, shapes.RetroC
     shape = flags.from_dict(_Shape, values)
     shape.model.finish()
     shape.retro.finish(shape.model)
-    if shape.retro.retro_as_megatron_lm:
-        raise UserError("transformers gets no model with --retro-as-megatron-lm, whose form it is not made for")
     return shape.model, shape.retro

@@ -17,6 +17,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from megatron_retro.config.form import OURS, Form
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.model import RetroConfig as RetroFlags
 from megatron_retro.errors import UserError
@@ -45,6 +46,13 @@ class Retrieves(Protocol):
 
 def _norm(width: int, shape: ModelConfig) -> nn.Module:
     return (nn.LayerNorm if shape.normalization == "LayerNorm" else nn.RMSNorm)(width, shape.norm_epsilon)
+
+
+class NoRotary:
+    """In the place of `Rotary` where nothing has rotary positions."""
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        return positions.new_empty(*positions.shape, 1, 0, dtype=torch.float32)
 
 
 class Rotary:
@@ -108,7 +116,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Projections of an attention whose keys and values may be of another width than its queries."""
 
-    def __init__(self, shape: ModelConfig, key_value_size: int, rotary: Rotary, chunk_length: int):
+    def __init__(self, shape: ModelConfig, key_value_size: int, rotary: Rotary | NoRotary, chunk_length: int):
         super().__init__()
         heads, groups, width = shape.num_attention_heads, shape.num_query_groups, shape.kv_channels
         assert heads and groups and width
@@ -267,17 +275,24 @@ class Encoder(nn.Module):
     """Encodes neighbors, reading the chunks that they were retrieved for; see `model/encoder.py`."""
 
     def __init__(
-        self, shape: ModelConfig, vocab_size: int, decoder_hidden_size: int, rotary: Rotary, chunk_length: int
+        self,
+        shape: ModelConfig,
+        vocab_size: int,
+        decoder_hidden_size: int,
+        rotary: Rotary | NoRotary,
+        chunk_length: int,
+        form: Form,
     ):
         super().__init__()
-        self.rotary = rotary
-        self.embedding = Embedding(shape, vocab_size, None)
+        self.rotary, self._normed_residual = rotary, form.normed_residual
+        learned = shape.position_embedding_type == "learned_absolute" and not form.rotary_reading
+        self.embedding = Embedding(shape, vocab_size, 2 * chunk_length if learned else None)
         reads = EncoderCrossAttention(shape, decoder_hidden_size, rotary, chunk_length)
         self.layers = Layers(
             Layer(shape, number, causal=False, cross_attention=reads if number == 1 else None)
             for number in range(1, shape.num_layers + 1)
         )
-        self.final_layernorm = _norm(shape.hidden_size, shape)
+        self.final_layernorm = _norm(shape.hidden_size, shape) if form.encoder_norm else nn.Identity()
 
     def forward(self, neighbors: Neighbors, decoder_SxBxD: Tensor) -> Tensor:
         """[R, K·M, D], D the encoder's width."""
@@ -287,7 +302,9 @@ class Encoder(nn.Module):
         for layer in self.layers:
             x = layer.attend(x, pattern)
             if layer.cross_attention is not None:
-                x = layer.add(x, layer.cross_attention(layer.norm_to_read(x), decoder_SxBxD, neighbors))
+                normed = layer.norm_to_read(x)
+                read = layer.cross_attention(normed, decoder_SxBxD, neighbors)
+                x = layer.add(normed if self._normed_residual else x, read)
             x = layer.feed_forward(x)
         return self.final_layernorm(x)
 
@@ -310,7 +327,8 @@ class Decoder(nn.Module):
 
     def __init__(self, shape: ModelConfig, retro: RetroFlags | None, vocab_size: int, chunk_length: int):
         super().__init__()
-        rotary = Rotary(shape)
+        rotary, self.form = Rotary(shape), retro.form if retro else OURS
+        reading = rotary if self.form.rotary_reading else NoRotary()
         self.rotary = rotary if shape.position_embedding_type == "rope" else None
         self.chunk_length, numbers = chunk_length, retro.layers if retro else ()
         self.first_retro_layer = min(numbers, default=0)
@@ -319,14 +337,14 @@ class Decoder(nn.Module):
         for number in range(1, shape.num_layers + 1):
             reads = None
             if encoder is not None and number in numbers:
-                reads = ChunkedCrossAttention(shape, encoder.hidden_size, rotary, chunk_length)
+                reads = ChunkedCrossAttention(shape, encoder.hidden_size, reading, chunk_length)
             self.layers.append(
                 Layer(shape, number, causal=True, parallel=shape.use_parallel_residual, cross_attention=reads)
             )
         self.encoder = None
         if encoder is not None:
-            self.encoder = Encoder(encoder, vocab_size, shape.hidden_size, rotary, chunk_length)
-        self.final_layernorm = _norm(shape.hidden_size, shape)
+            self.encoder = Encoder(encoder, vocab_size, shape.hidden_size, reading, chunk_length, self.form)
+        self.final_layernorm = _norm(shape.hidden_size, shape) if self.form.decoder_norm else nn.Identity()
 
     def forward(
         self,
@@ -553,7 +571,8 @@ class RetroForCausalLM(PreTrainedModel, GenerationMixin):
             given = self._retrieved(retriever, chunks_BxLxC, complete_BxL)
         neighbors = None
         if given is not None and num_chunks:
-            neighbors = _of_chunks(*given, num_chunks, first_B, num_positions, length)
+            hides = self.decoder.form.hides_padding
+            neighbors = _of_chunks(*given, num_chunks, first_B, num_positions, length, hides_padding=hides)
         positions = _positions(num_positions, first_B, tokens_BxS.device).t()
         return self.decoder(self.embedding(tokens_BxS, positions), mask_BxS, first_B, neighbors, cache)
 
@@ -586,7 +605,9 @@ class RetroForCausalLM(PreTrainedModel, GenerationMixin):
                     slot = torch.tensor([slots[b] for b in completing], device=samples.device)
                     found = given[0][samples, slot], given[1][samples, slot]
                 if found is not None:
-                    arrivals = Arrivals(samples, Neighbors.of(found[0][:, None], found[1][:, None]))
+                    hides = self.decoder.form.hides_padding
+                    own = Neighbors.of(found[0][:, None], found[1][:, None], hides_padding=hides)
+                    arrivals = Arrivals(samples, own)
                 for b in completing:
                     slots[b] += 1
             positions = (ends - 1 - cache.first_B).clamp(min=0)[:, None]
@@ -704,6 +725,8 @@ def _of_chunks(
     first_B: Tensor | None,
     num_positions: int,
     chunk_length: int,
+    *,
+    hides_padding: bool,
 ) -> Neighbors | None:
     """Those of `num_chunks` chunks of which each text may have some complete; None where none has a neighbor."""
     missing = max(0, num_chunks - tokens_BxLxKxR.shape[1])
@@ -716,4 +739,4 @@ def _of_chunks(
     if not bool(has_any.any()):
         return None
     chunks_M = None if bool(has_any.all()) else torch.nonzero(has_any).flatten()
-    return Neighbors.of(tokens, lengths, chunks_M)
+    return Neighbors.of(tokens, lengths, chunks_M, hides_padding=hides_padding)

@@ -166,9 +166,7 @@ class RetroModel(LanguageModule):
 
     def neighbors(self, tokens_BxLxKxR: Tensor, lengths_BxLxK: Tensor, chunks_M: Tensor | None = None) -> Neighbors:
         """`Neighbors.of`, as this model reads them."""
-        if not self._form.hides_padding:
-            lengths_BxLxK = torch.where(lengths_BxLxK > 0, tokens_BxLxKxR.shape[-1], 0)
-        return Neighbors.of(tokens_BxLxKxR, lengths_BxLxK, chunks_M)
+        return Neighbors.of(tokens_BxLxKxR, lengths_BxLxK, chunks_M, hides_padding=self._form.hides_padding)
 
     def _loss(self, x_SxBxD: Tensor, labels_BxS: Tensor, loss_mask_BxS: Tensor | None) -> tuple[Tensor, Tensor]:
         await_weights(self.output_layer)

@@ -39,8 +39,21 @@ class Neighbors:
     num_chunks: int
 
     @classmethod
-    def of(cls, tokens_BxLxKxR: Tensor, lengths_BxLxK: Tensor, chunks_M: Tensor | None = None) -> "Neighbors":
-        """Build from token ids (int64) and the number of tokens of each neighbor (int64, 0: no neighbor)."""
+    def of(
+        cls,
+        tokens_BxLxKxR: Tensor,
+        lengths_BxLxK: Tensor,
+        chunks_M: Tensor | None = None,
+        *,
+        hides_padding: bool = True,
+    ) -> "Neighbors":
+        """Build from token ids (int64) and the number of tokens of each neighbor (int64, 0: no neighbor).
+
+        Args:
+            hides_padding: whether what stands behind these tokens is masked.
+        """
+        if not hides_padding:
+            lengths_BxLxK = torch.where(lengths_BxLxK > 0, tokens_BxLxKxR.shape[-1], 0)
         num_samples, num_chunks, num_neighbors, num_tokens = tokens_BxLxKxR.shape
         tokens_MxKxR, lengths_MxK = tokens_BxLxKxR.flatten(0, 1), lengths_BxLxK.flatten(0, 1)
         if chunks_M is not None:
