@@ -41,7 +41,7 @@ ARROWS = {
     "interop": {"training", "model", "data", "retrieval", "mcore"} | BASE,
     "inference": {"training", "model", "data", "retrieval", "mcore"} | BASE,
     "serving": {"webpage", "inference", "training", "model", "data", "retrieval", "mcore"} | BASE,
-    "hf": {"inference", "training", "model", "data", "retrieval", "mcore"} | BASE,
+    "hf": {"interop", "inference", "training", "model", "data", "retrieval", "mcore"} | BASE,
     "evaluation": {"webpage", "inference", "training", "model", "data", "retrieval", "mcore"} | BASE,
 }
 

@@ -2,6 +2,7 @@
 """Models of other projects as checkpoints of this one, and back.
 
 python tools/convert_checkpoint.py --load HUGGING_FACE_DIR --save SAVE_DIR
+python tools/convert_checkpoint.py --load SAVE_DIR --save HUGGING_FACE_DIR
 """
 
 import pathlib
@@ -17,9 +18,16 @@ from megatron_retro.errors import exit_on_user_error
 def main() -> None:
     config = parse(ConvertConfig, description=(__doc__ or "").splitlines()[0])
     config.finish()
-    from megatron_retro.interop.convert import convert
+    from megatron_retro.interop.source import is_own_checkpoint
 
-    convert(config)
+    if is_own_checkpoint(config.conversion.load or ""):
+        from megatron_retro.hf.export import export
+
+        export(config.conversion)
+    else:
+        from megatron_retro.interop.convert import convert
+
+        convert(config)
 
 
 if __name__ == "__main__":

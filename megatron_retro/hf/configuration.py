@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from megatron_retro.config import flags
 from megatron_retro.config import model as shapes
+from megatron_retro.interop.own import RETRO_TYPE
 
 _OF_TRAINING = {"retro_work_dir", "retro_retrieval_dropout", "retro_random_neighbor_prob", "retro_max_overlap"}
 _OF_TRAINING |= {"make_vocab_size_divisible_by", "retro_freeze_decoder"}
@@ -33,7 +34,7 @@ class RetroConfig(PreTrainedConfig):
         UserError: the flags do not fit each other.
     """
 
-    model_type = "retro_megatron"
+    model_type = RETRO_TYPE
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_hidden_layers": "num_layers",

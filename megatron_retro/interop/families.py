@@ -58,20 +58,26 @@ class Config:
 
     Args:
         path: of the directory.
+        values: the content.
     """
 
-    def __init__(self, path: pathlib.Path):
-        self.path = path
+    def __init__(self, path: pathlib.Path, values: dict[str, Any]):
+        self.path, self.values = path, values
+
+    @classmethod
+    def read(cls, path: pathlib.Path) -> "Config":
+        """Of a directory."""
         try:
-            self._values = parse_json(read_text(f"{path / 'config.json'}", path / "config.json"))
+            values = parse_json(read_text(f"{path / 'config.json'}", path / "config.json"))
         except ValueError as error:
             raise UserError(f"{path / 'config.json'} is not JSON ({error})") from None
-        if not isinstance(self._values, dict):
+        if not isinstance(values, dict):
             raise UserError(f"{path / 'config.json'} holds no JSON object; it is no Hugging Face model's")
+        return cls(path, values)
 
     def get(self, name: str, otherwise: Any = None) -> Any:
         """A value; `otherwise` where there is none, or it is null."""
-        value = self._values.get(name)
+        value = self.values.get(name)
         return otherwise if value is None else value
 
     def need(self, name: str) -> Any:

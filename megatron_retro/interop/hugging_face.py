@@ -14,7 +14,7 @@ from megatron_retro.reading import parse_json, read_text
 from megatron_retro.storage import fingerprint
 from megatron_retro.training.checkpoint import shape_of, weight_flags
 
-_PROBES = (
+PROBES = (
     "The quick brown fox jumps over 13 lazy dogs, doesn't it?",
     "  def f(x):\n\treturn {x: 3.14159e-10}  # §\n\n",
     "Größe, naïve, Ελλάδα, Москва, 東京, ไทย, 🙂",
@@ -32,7 +32,7 @@ class HuggingFaceDirectory:
     chunk_length: int | None = None
 
     def __init__(self, path: pathlib.Path):
-        config = Config(path)
+        config = Config.read(path)
         self.path, self._family = path, family_of(config)
         flags = {**self._family.flags(config), "retro_add_retriever": False}
         self.max_positions: int = flags["max_position_embeddings"]
@@ -92,13 +92,17 @@ class HuggingFaceDirectory:
             ) from None
 
     def tokenizer_file(self) -> pathlib.Path | None:
-        """The `tokenizer.json` or SentencePiece model beside the weights, if there is one."""
-        names = ("tokenizer.json", "tokenizer.model", "spiece.model")
-        return next((self.path / name for name in names if (self.path / name).is_file()), None)
+        return tokenizer_beside(self.path)
 
     def check_tokenizer(self, digest: str, file: pathlib.Path) -> None:
         if own := self.tokenizer_file():
             check_same_ids(own, file)
+
+
+def tokenizer_beside(path: pathlib.Path) -> pathlib.Path | None:
+    """The `tokenizer.json` or SentencePiece model in a model's directory, if there is one."""
+    names = ("tokenizer.json", "tokenizer.model", "spiece.model")
+    return next((path / name for name in names if (path / name).is_file()), None)
 
 
 def check_same_ids(own: pathlib.Path, file: pathlib.Path) -> None:
@@ -109,8 +113,8 @@ def check_same_ids(own: pathlib.Path, file: pathlib.Path) -> None:
     """
     if fingerprint(own) == fingerprint(file):
         return
-    theirs, ours = (Tokenizer.open(path).encode(list(_PROBES)) for path in (own, file))
-    for text, their_ids, our_ids in zip(_PROBES, theirs, ours, strict=True):
+    theirs, ours = (Tokenizer.open(path).encode(list(PROBES)) for path in (own, file))
+    for text, their_ids, our_ids in zip(PROBES, theirs, ours, strict=True):
         if their_ids != our_ids:
             raise UserError(
                 f"the tokenizer {own} writes {text!r} as {their_ids[:8]}…, the work dir's as {our_ids[:8]}…; build "

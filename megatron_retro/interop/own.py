@@ -1,4 +1,7 @@
-"""A checkpoint of this project as a source of weights, one tensor at a time, whatever layout it was saved at."""
+"""A model of this project as a source of weights, one tensor at a time.
+
+It is a checkpoint, whatever layout it was saved at, or a RETRO that was exported to Hugging Face's form.
+"""
 
 import functools
 import pathlib
@@ -9,7 +12,11 @@ from torch import Tensor
 from megatron_retro import mcore
 from megatron_retro.config import flags
 from megatron_retro.errors import UserError
+from megatron_retro.interop.families import Config
+from megatron_retro.interop.hugging_face import TensorFiles, check_same_ids, tokenizer_beside
 from megatron_retro.training import checkpoint
+
+RETRO_TYPE = "retro_megatron"  # `model_type` of an exported RETRO
 
 
 class OwnCheckpoint:
@@ -51,3 +58,49 @@ class OwnCheckpoint:
                 f"the checkpoint {self.path} was trained with the tokenizer {self.state.tokenizer_digest}, the work "
                 f"dir's is {digest}; use a work dir built with that tokenizer"
             )
+
+
+class ExportedRetro:
+    """A RETRO that `tools/convert_checkpoint.py` exported, or that was trained on as such; see `fit.Source`.
+
+    Its `config.json` holds our flags, its tensors have our names.
+    """
+
+    kind = "exported RETRO"
+
+    def __init__(self, path: pathlib.Path):
+        config = Config.read(path)
+        self.path: pathlib.Path = path
+        self._config = config
+        shape = checkpoint.shape_of(config.values)
+        self.flags: dict[str, Any] = checkpoint.weight_flags(flags.to_dict(shape))
+        self.longest: int | None = self.flags.get("max_position_embeddings")
+        self.max_positions = config.whole("max_position_embeddings")
+        self.vocab_size: int = config.whole("vocab_size")
+        self.chunk_length: int | None = config.whole("retro_chunk_length")
+
+    @functools.cached_property
+    def _stored(self) -> TensorFiles:
+        return TensorFiles(self.path)
+
+    def names(self) -> list[str]:
+        return sorted(self._stored.names())
+
+    def called(self, name: str) -> str:
+        return name
+
+    def left_out(self) -> list[str]:
+        return []
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored.shape(name)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._stored.tensor(name)
+
+    def tokenizer_file(self) -> pathlib.Path | None:
+        return tokenizer_beside(self.path)
+
+    def check_tokenizer(self, digest: str, file: pathlib.Path) -> None:
+        if digest != self._config.get("tokenizer_digest") and (own := self.tokenizer_file()):
+            check_same_ids(own, file)

@@ -3,15 +3,16 @@
 import pathlib
 
 from megatron_retro.errors import UserError
+from megatron_retro.interop.families import Config
 from megatron_retro.interop.hugging_face import HuggingFaceDirectory
 from megatron_retro.interop.megatron_lm import MegatronCheckpoint, is_megatron
-from megatron_retro.interop.own import OwnCheckpoint
+from megatron_retro.interop.own import RETRO_TYPE, ExportedRetro, OwnCheckpoint
 from megatron_retro.training import checkpoint_files
 
 
 def open_source(
     flag: str, directory: str, trust_pickle: bool = False
-) -> OwnCheckpoint | HuggingFaceDirectory | MegatronCheckpoint:
+) -> OwnCheckpoint | ExportedRetro | HuggingFaceDirectory | MegatronCheckpoint:
     """Look what a directory holds, and open it.
 
     Args:
@@ -29,8 +30,14 @@ def open_source(
     if newest := checkpoint_files.find(directory):
         return OwnCheckpoint(newest)
     if (path / "config.json").is_file():
-        return HuggingFaceDirectory(path)
+        is_ours = Config.read(path).get("model_type") == RETRO_TYPE
+        return ExportedRetro(path) if is_ours else HuggingFaceDirectory(path)
     raise UserError(
         f"{flag} {directory} holds no model: no checkpoint of this project (iter_…), no Hugging Face directory "
         "(config.json), and none of Megatron-LM's (mp_rank_00)"
     )
+
+
+def is_own_checkpoint(directory: str) -> bool:
+    """Whether a directory holds checkpoints of this project."""
+    return not is_megatron(pathlib.Path(directory)) and checkpoint_files.find(directory) is not None

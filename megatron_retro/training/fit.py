@@ -22,7 +22,7 @@ from megatron_retro.model.model import RetroModel
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 _ENCODER_EMBEDDING = f"decoder.encoder.{_EMBEDDING}"
-_BY_TOKEN = (_EMBEDDING, _ENCODER_EMBEDDING, "output_layer.weight")  # a row a token
+BY_TOKEN = (_EMBEDDING, _ENCODER_EMBEDDING, "output_layer.weight")  # a row a token
 
 
 class Source(Protocol):
@@ -178,7 +178,7 @@ def _copy(parameters: dict[str, Tensor], theirs: set[str], source: Source) -> No
             continue
         ranks, gated = _ranks_of(weight), ".mlp.linear_fc1." in name and source.flags["swiglu"]
         (rows, *others), found = _whole_shape(weight, ranks), list(source.shape(of_source))
-        known = source.vocab_size if name in _BY_TOKEN else rows
+        known = source.vocab_size if name in BY_TOKEN else rows
         if found != [known, *others]:
             raise UserError(
                 f"--retro-fit-from {source.path}: tensor {source.called(of_source)} is {found}, by the model's flags "
