@@ -10,6 +10,7 @@
     index/                          trained.faiss, and shard-<i>.faiss holding the database's chunks
     neighbors/<name>/<a>-<b>.*.npy  ids [b-a, K_saved] int64 (-1: none), distances [b-a, K_saved] float32
     report/                         figures for people
+    sft/                            what instruction tuning has found (see `training/instructions.py`); in no record
 
 The directories of chunks, embeddings, index and neighbors carry a number (`neighbors.2/`) where documents were added or
 removed since the work dir was first built; `WorkDir.directory` knows. Such a change is prepared beside the manifest in

@@ -32,9 +32,10 @@ from megatron_retro.evaluation.evaluate import evaluate
 from megatron_retro.evaluation.harness import RetroRequests, register
 from megatron_retro.evaluation.leakage import GRID, curve, database_runs, read_runs
 from megatron_retro.evaluation.other import OtherDatabase
-from megatron_retro.evaluation.questions import GivenReader, ask
+from megatron_retro.evaluation.questions import ask
 from megatron_retro.evaluation.report import render
 from megatron_retro.evaluation.scoring import Row, Scorer, windows
+from megatron_retro.inference.reader import GivenReader
 from megatron_retro.inference.writer import Choice, Writer
 from megatron_retro.model.model import RetroModel
 from megatron_retro.retrieval.neighbors import NeighborTable

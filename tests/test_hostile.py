@@ -40,7 +40,7 @@ from megatron_retro.config.training import PretrainConfig
 from megatron_retro.data import documents, tokenizer
 from megatron_retro.data.chunks import ChunkTable, Corpus
 from megatron_retro.data.documents import BadRecord, Source
-from megatron_retro.data.questions import read_questions
+from megatron_retro.data.questions import read_conversations, read_questions
 from megatron_retro.data.tokenize import write_part
 from megatron_retro.data.tokenizer import Tokenizer, train
 from megatron_retro.errors import UserError
@@ -106,6 +106,10 @@ def read_words(path: pathlib.Path) -> None:
 
 def read_config(path: pathlib.Path) -> None:
     parse(PretrainConfig, ["--config", str(path)])
+
+
+def read_talks(path: pathlib.Path) -> None:
+    assert all(talk.turns for talk in read_conversations("--sft-data", path, "Q: {question} A:"))
 
 
 def read_prompts(path: pathlib.Path) -> None:
@@ -174,6 +178,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory, small_work: pathlib.Path) ->
     work = WorkDir(small_work)
     changed = [{"change": "add", "document": "a:0", "text": "x"}, {"change": "remove", "document": "a:0"}]
     questions = {"question": "Who?", "answers": ["I", "you"], "ctxs": [{"title": "a", "text": "b"}, "c"]}
+    talk = {"messages": [{"role": role, "content": "x"} for role in ("system", "user", "assistant")], "ctxs": ["a"]}
     yaml = b"num-layers: 12\nlr: 1e-4\nbf16: true\nsplit: 98,1,1\ndata-path: [0.5, a, 0.5, b]\n"
     words = {f"words {file.name}": (file, read_words) for file in sorted((root / "words").iterdir())}
     return words | {
@@ -192,6 +197,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory, small_work: pathlib.Path) ->
         "prompts": (file("prompts.txt", TEXTS[0].encode()), read_prompts),
         "prompt lines": (file("prompts.jsonl", b'{"prompt": "a"}\n{"prompt": "b"}\n'), read_prompts),
         "questions": (file("questions.jsonl", json.dumps(questions).encode() + b"\n"), read_questions),
+        "conversations": (file("talks.jsonl", f"{json.dumps(talk)}\n{json.dumps(questions)}".encode()), read_talks),
         "ids": (file("ids.txt", b"my_text_data:0\nmy_text_data:39\n"), lambda path: read_ids(path, work)),
         "journal": (file("journal.jsonl", "".join(json.dumps(c) + "\n" for c in changed).encode()), read_journal),
         "manifest": (file("work/manifest.json", (small_work / "manifest.json").read_bytes()), read_manifest),
@@ -204,7 +210,19 @@ def valid(tmp_path_factory: pytest.TempPathFactory, small_work: pathlib.Path) ->
 WORDS = ("data.csc.index.npy", "documents.npy", "indices.csc.index.npy", "indptr.csc.index.npy")
 WORDS += ("params.index.json", "vocab.index.json")
 NAMES = ("json lines", "gzip", "zstandard", "text", "parquet", "idx", "bin", "npy", "SentencePiece", "tokenizer.json")
-NAMES += ("faiss", "yaml", "prompts", "prompt lines", "questions", "ids", "journal", "embedder", "modules", "manifest")
+NAMES += (
+    "faiss",
+    "yaml",
+    "prompts",
+    "prompt lines",
+    "questions",
+    "conversations",
+    "ids",
+    "journal",
+    "embedder",
+    "modules",
+    "manifest",
+)
 NAMES += ("run state",)
 NAMES += tuple(f"words {name}" for name in WORDS)
 

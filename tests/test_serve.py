@@ -503,6 +503,9 @@ def test_openais_chat(client: Any) -> None:
     more = [*talk, {"role": "assistant", "content": "It joins."}, {"role": "user", "content": "Joins what?"}]
     again = client.chat.completions.create(**{**asked, "messages": more}, extra_body={"retrieval": "random"})
     assert again.usage.prompt_tokens == 2 * 64 and [read["chunk"] for read in again.choices[0].neighbors] == [0, 1]
+    given = [client.chat.completions.create(**asked, extra_body={"ctxs": [text]}) for text in (SONG, "import os")]
+    assert given[0].choices[0].message != given[1].choices[0].message
+    assert [read["neighbors"] for read in given[0].choices[0].neighbors] == [[]]
     for wrong in (more[:-1], more[2:], []):
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(**{**asked, "messages": wrong})

@@ -6,10 +6,10 @@ from typing import Any
 from megatron_retro.data.chunks import ChunkTable
 from megatron_retro.data.questions import Question
 from megatron_retro.data.tokenizer import Tokenizer
-from megatron_retro.evaluation.questions import GivenReader, ask, compare
+from megatron_retro.evaluation.questions import ask, compare
 from megatron_retro.inference.generate import make_writer
 from megatron_retro.inference.loading import Trained
-from megatron_retro.inference.reader import Reader, open_reader
+from megatron_retro.inference.reader import GivenReader, Reader, open_reader
 from megatron_retro.workdir import WorkDir
 
 

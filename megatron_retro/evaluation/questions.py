@@ -4,41 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
-from megatron_retro import mcore
 from megatron_retro.data.questions import Question, filled, filler, prompt
 from megatron_retro.data.tokenizer import Tokenizer
 from megatron_retro.evaluation import answers
 from megatron_retro.evaluation.bootstrap import estimate, ratio, resampled
-from megatron_retro.inference.reader import Reader, Reads
+from megatron_retro.inference.reader import Reader
 from megatron_retro.inference.writer import Choice, Text, Writer
-
-
-class GivenReader(Reader):
-    """Reads the same texts for every chunk.
-
-    Args:
-        texts: token ids; the first `num_neighbors` are read, cut to `length` tokens.
-    """
-
-    def __init__(self, texts: list[list[int]], num_neighbors: int, length: int):
-        self.seconds = 0.0
-        self._tokens_KxR = torch.zeros(num_neighbors, length, dtype=torch.int64)
-        self._lengths_K = torch.zeros(num_neighbors, dtype=torch.int64)
-        for row, text in enumerate(texts[:num_neighbors]):
-            self._lengths_K[row] = min(len(text), length)
-            self._tokens_KxR[row, : min(len(text), length)] = torch.tensor(text[:length], dtype=torch.int64)
-
-    def read(self, chunks: list[list[int]]) -> Reads:
-        shape, device = (len(chunks), len(self._lengths_K)), mcore.device()
-        return Reads(
-            np.full(shape, -1),
-            np.full(shape, np.inf, np.float32),
-            self._tokens_KxR.expand(len(chunks), -1, -1).to(device),
-            self._lengths_K.expand(len(chunks), -1).to(device),
-        )
-
 
 # ------------------------------------------------------------------------------------------------ asking
 

@@ -92,6 +92,7 @@ class Writer:
 
     Attributes:
         chunk_length: C.
+        num_neighbors: K.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class Writer:
     ):
         self._model, self.chunk_length, self._context = model, chunk_length, context
         self._vocab_size, self._eod, self._pad = vocab_size, eod, pad
-        self._reader, self._num_neighbors = reader, num_neighbors if reader else 0
+        self._reader, self.num_neighbors = reader, num_neighbors if reader else 0
         self.model_seconds = 0.0
 
     @property
@@ -179,8 +180,8 @@ class Writer:
         for row, window in enumerate(windows):
             tokens[row, : len(window)] = torch.tensor(window)
         neighbor_tokens = neighbor_lengths = None
-        if self._num_neighbors:
-            shape = (len(texts), num_chunks, self._num_neighbors)
+        if self.num_neighbors:
+            shape = (len(texts), num_chunks, self.num_neighbors)
             neighbor_tokens = torch.zeros(*shape, 2 * length, dtype=torch.int64, device=device)
             neighbor_lengths = torch.zeros(shape, dtype=torch.int64, device=device)
             for row, text in enumerate(texts):
@@ -189,7 +190,7 @@ class Writer:
                     if chunk >= first:
                         neighbor_tokens[row, chunk - first], neighbor_lengths[row, chunk - first] = found, lengths
         start = time.perf_counter()
-        cached = CachedModel(self._model, len(texts), self._context, self._num_neighbors)
+        cached = CachedModel(self._model, len(texts), self._context, self.num_neighbors)
         sizes = torch.tensor([len(window) for window in windows], device=device)
         logits = cached.begin(tokens.to(device), sizes, neighbor_tokens, neighbor_lengths)
         self.model_seconds += time.perf_counter() - start

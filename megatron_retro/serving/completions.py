@@ -19,6 +19,7 @@ from starlette.responses import Response
 from megatron_retro.config.serving import LimitsGroup
 from megatron_retro.data.questions import encoded as encoded_turns
 from megatron_retro.data.questions import filled, filler, laid_out
+from megatron_retro.inference.reader import GivenReader
 from megatron_retro.inference.writer import Choice, Text
 from megatron_retro.serving.answers import Answer, Piece
 from megatron_retro.serving.engine import Engine, Job
@@ -86,6 +87,8 @@ class Completions:
             raise invalid("n", f"that is {number} texts; at most {limits.max_batch_size}")
         reader = self._reader(asked.retrieval)
         encoded = await asyncio.to_thread(self._encoded, asked)
+        if isinstance(asked, ChatRequest) and asked.ctxs and reader:
+            reader = await asyncio.to_thread(self._given, asked.ctxs)
         longest = max(map(len, encoded))
         if longest > limits.max_prompt_tokens:
             raise invalid(param, f"a prompt has {longest} tokens; at most {limits.max_prompt_tokens}")
@@ -110,6 +113,11 @@ class Completions:
         fill = filler(tokenizer)
         said, _ = laid_out(encoded_turns(turns, tokenizer), length, fill, tokenizer.eod)
         return [said + filled(tokenizer.encode([last])[0], length, fill, len(said))]
+
+    def _given(self, texts: list[str]) -> GivenReader:
+        writer = self._opened.writer
+        k, length = writer.num_neighbors, 2 * writer.chunk_length
+        return GivenReader(self._opened.tokenizer.encode(texts[:k]), k, length)
 
     def _reader(self, asked: str | None) -> Any:
         if not self._opened.readers:

@@ -137,6 +137,7 @@ class ChatRequest(WritingRequest):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message]
+    ctxs: list[Characters] | None = None
     max_completion_tokens: int | None = None
 
     def check(self) -> None:

@@ -23,13 +23,12 @@ from megatron_retro.data.questions import filler, read_conversations
 from megatron_retro.data.tokenizer import Tokenizer
 from megatron_retro.errors import UserError
 from megatron_retro.reading import load_array
-from megatron_retro.retrieval.blocks import Advance, make_blocks
 from megatron_retro.retrieval.live import LiveRetriever, without_repeats
 from megatron_retro.retrieval.progress import Progress
 from megatron_retro.training.data import TrainingData, check_num_neighbors, check_seq_length, open_work_dir
 from megatron_retro.workdir import STAGES, WorkDir
 
-_ENCODED_AT_ONCE, _BLOCK, _ASKED_AT_ONCE = 500, 512, 64  # examples, queries, queries
+_ENCODED_AT_ONCE, _BLOCK = 500, 128  # examples, queries
 
 
 @dataclasses.dataclass
@@ -205,25 +204,36 @@ class _Search:
         digest = storage.digest_of([contents, work.manifest["stages"]["neighbors"]["digest"]])
         folder = distributed.all_gather(distributed.together(self._folder))[0] / digest
         bounds = [(begin, min(begin + _BLOCK, len(queries))) for begin in range(0, len(queries), _BLOCK)]
-        paths = [folder / f"{begin}-{end}.npy" for begin, end in bounds]
+        files = {folder / f"{begin}-{end}.npy": queries[begin:end] for begin, end in bounds}
+        self._make(files, k, folder, f"retrieve for {name}")
+        return distributed.together(lambda: _loaded(files, k, self._table.num_chunks))
 
-        def make(numbers: list[int], advance: Advance) -> None:
-            for number in numbers:
-                storage.save_npy(paths[number], self._ask(queries[slice(*bounds[number])], k, advance))
+    def _make(self, files: dict[pathlib.Path, np.ndarray], k: int, folder: pathlib.Path, stage: str) -> None:
+        """Make those of the files that are missing: each rank one at a time, so that none waits long for another."""
+        missing = distributed.all_gather([path for path in files if not path.exists()])[0]
+        if not missing:
+            return
+        held = distributed.together(lambda: storage.lock("--sft-data", folder) if not distributed.rank() else None)
+        done = sum(len(rows) for path, rows in files.items() if path.exists())
 
-        sizes = [end - begin for begin, end in bounds]
-        make_blocks(f"retrieve for {name}", sizes, lambda number: paths[number].exists(), make)
-        return distributed.together(lambda: _loaded(paths, sizes, k, self._table.num_chunks))
+        def make(path: pathlib.Path | None) -> None:
+            if path:
+                storage.save_npy(path, self._ask(files[path], k))
 
-    def _ask(self, queries: np.ndarray, k: int, advance: Advance) -> np.ndarray:
+        with Progress(stage, sum(map(len, files.values())), "chunks", done, together=True) as progress:
+            for begin in range(0, len(missing), distributed.world_size()):
+                some = missing[begin : begin + distributed.world_size()]
+                mine = some[distributed.rank()] if distributed.rank() < len(some) else None
+                distributed.together(functools.partial(make, mine))
+                progress.advance(sum(len(files[path]) for path in some))
+        if held:
+            held.close()
+
+    def _ask(self, queries: np.ndarray, k: int) -> np.ndarray:
         """[n, C] tokens -> [n, k] ids, as generation finds them."""
-        found = []
-        for begin in range(0, len(queries), _ASKED_AT_ONCE):
-            texts = self._retriever.tokenizer.decode(queries[begin : begin + _ASKED_AT_ONCE].tolist())
-            ids, _ = without_repeats(self._table, *self._retriever.search(texts, k), k)
-            found.append(ids)
-            advance(len(texts))
-        return np.concatenate(found)
+        texts = self._retriever.tokenizer.decode(queries.tolist())
+        ids, _ = without_repeats(self._table, *self._retriever.search(texts, k), k)
+        return ids
 
     def _folder(self) -> pathlib.Path:
         """Where what was found is kept."""
@@ -237,11 +247,11 @@ class _Search:
         return work / "sft"
 
 
-def _loaded(paths: list[pathlib.Path], sizes: list[int], saved: int, num_chunks: int) -> np.ndarray:
+def _loaded(files: dict[pathlib.Path, np.ndarray], k: int, num_chunks: int) -> np.ndarray:
     blocks = []
-    for path, size in zip(paths, sizes, strict=True):
+    for path, queries in files.items():
         way_out = "remove it: it will be made again"
-        ids = np.array(load_array(path, np.int64, (size, saved), way_out=way_out))
+        ids = np.array(load_array(path, np.int64, (len(queries), k), way_out=way_out))
         if ids.min() < -1 or ids.max() >= num_chunks:
             raise UserError(f"{path} holds ids {ids.min()} … {ids.max()} of {num_chunks} chunks; {way_out}")
         blocks.append(ids)
