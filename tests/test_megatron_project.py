@@ -22,7 +22,7 @@ from megatron_retro.errors import UserError
 from megatron_retro.retrieval.embedding import EmbeddingTable, resolve
 from megatron_retro.retrieval.neighbors import NeighborTable
 from megatron_retro.retrieval.project import Project
-from megatron_retro.retrieval.project_import import Places, Reader, database_rows
+from megatron_retro.retrieval.project_import import DatabaseRows, Places, Reader
 from megatron_retro.retrieval.project_index import ProjectIndex
 from megatron_retro.retrieval.project_order import Order
 from megatron_retro.retrieval.query import OpenIndex
@@ -171,6 +171,12 @@ def test_a_project_becomes_a_work_dir(small, work):
     train, valid = (table.documents_in(split, tuple(work.facts("chunks")["split"])) for split in ("train", "valid"))
     assert train.tolist() == [*range(16), *range(20, 31)] and valid.tolist() == [*range(16, 20), *range(31, 34)]
     assert work.facts("tokenizer")["eod"] == small.tokenizer.eod
+    told = json.loads((work.path / "report" / "summary.json").read_text())["project"]
+    assert told == {stage: work.facts(stage)["project"] for stage in ("chunks", "neighbors")}
+    before = work.manifest
+    build(work.path, "--retro-project-dir", str(small.path))
+    work.reload()
+    assert work.manifest == before
 
 
 # ------------------------------------------------------------------------------------------------ neighbors
@@ -287,7 +293,7 @@ def codes_in(path):
     return found
 
 
-def test_an_index_of_the_same_embedder_is_taken_over(small, work, tmp_path, capfd):
+def test_an_index_of_the_same_embedder_is_taken_over_by_two_ranks(small, work, tmp_path):
     project = shutil.copytree(small.path, tmp_path / "project")
     vectors = vectors_of(small, work)
     write_index(project, "IVF4,Flat", vectors)
@@ -299,9 +305,9 @@ def test_an_index_of_the_same_embedder_is_taken_over(small, work, tmp_path, capf
         copy.manifest["stages"].pop(stage)
         shutil.rmtree(copy.path / stage)
     copy.write()
-    build(copy.path)
+    shown = run_forked("tools/preprocess_retro_data.py", "--retro-work-dir", copy.path, ranks=2)
     copy.reload()
-    facts, shown = copy.facts("index"), capfd.readouterr().err
+    facts = copy.facts("index")
     assert facts["factory"] == "IVF4,Flat" and facts["project_index"].startswith(str(project))
     assert "is taken over" in shown and "recall vs exact" in shown
     found = codes_in(next((copy.path / "index").glob("shard-*")))
@@ -311,6 +317,7 @@ def test_an_index_of_the_same_embedder_is_taken_over(small, work, tmp_path, capf
     ours = EmbeddingTable(copy).rows(np.arange(ChunkTable.open(copy).num_chunks)).astype(np.float32)
     assert found == {id: (vectors[full[id]] if id in full else ours[id]).tolist() for id in found}
     assert 50 < len(found.keys() & full.keys()) < len(found)
+    assert copy.facts("neighbors")["project"] == work.facts("neighbors")["project"]
     WorkDir(copy.path, full=True).verify()
 
 
@@ -381,6 +388,7 @@ REFUSED = [
     (dataset(DATABASE, "other", np.zeros((3, 5), np.uint32)), "no dataset 'chunks'"),
     (dataset(DATABASE, "chunks", np.zeros((3, 4), np.uint32)), "uint32 3 x 4, not integers any x 5"),
     (dataset(DATABASE, "chunks", np.zeros((3, 5), np.float32)), "float32 3 x 5, not integers"),
+    (dataset(DATABASE, "chunks", np.zeros((0, 5), np.uint32)), "holds no chunk; finish its db-build"),
     (dataset("query/train*/*.hdf5", "neighbors", np.zeros((7, K), np.int64)), "int64 7 x 6, not integers 50 x any"),
     (remove("query/train*/*050-*.hdf5"), r"windows 0 … 49 without a gap, config\.json tells of 240"),
     (config(retro_gpt_train_samples=64), r"windows 0 … 239 without a gap, config\.json tells of 256"),
@@ -412,7 +420,7 @@ def test_rows_of_other_corpora_and_databases_are_refused(small, work, tmp_path):
     places = Places.open(work, table)
     dataset(DATABASE, "chunks", np.array([[0, 0, 0, 5, 5], [0, 99, 0, 5, 5]]))(project)
     with pytest.raises(UserError, match=r"train\.hdf5 row 1 is corpus 0 sequence 99"):
-        database_rows(Project(project), places, table)
+        DatabaseRows(Project(project), places, C)
     dataset(DATABASE, "chunks", small.chunks[:5])(project)
     with pytest.raises(UserError, match=r"row 0 holds the neighbor \d+, the database has 5 chunks"):
         Reader(Project(project), places, table, OpenIndex.open(work).database).read()

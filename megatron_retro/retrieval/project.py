@@ -26,6 +26,7 @@ from megatron_retro.reading import parse_json, read_text
 from megatron_retro.retrieval.corpora import weighted_prefixes
 
 _FLAG = "--retro-project-dir"
+_ROWS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +100,11 @@ class Project:
                 raise
             raise UserError(f"{_FLAG}: {file} is no list of corpora ({error}); restore it") from None
 
-    def chunks(self) -> np.ndarray:
-        """The database: [n, 4] int64 corpus, sequence, first token, token behind."""
+    def chunks(self) -> Iterator[np.ndarray]:
+        """The database, some rows at a time: [n, 4] int64 corpus, sequence, first token, token behind."""
         with self._open(self.path / "db" / "merged" / "train.hdf5", "chunks", (None, 5)) as chunks:
-            return chunks[:, :4].astype(np.int64)
-
-    def num_chunks(self) -> int:
-        with self._open(self.path / "db" / "merged" / "train.hdf5", "chunks", (None, 5)) as chunks:
-            return len(chunks)
+            for begin in range(0, len(chunks), _ROWS):
+                yield chunks[begin : begin + _ROWS, :4].astype(np.int64)
 
     # -------------------------------------------------------------------------------------------- query
 
@@ -166,7 +164,8 @@ class Project:
             UserError: names the file and what is wrong.
         """
         self.num_documents()
-        self.num_chunks()
+        if next(self.chunks(), None) is None:
+            raise UserError(f"{_FLAG} {self.path}: its db/merged/train.hdf5 holds no chunk; finish its db-build")
         for split in SPLITS:
             for block in self.blocks(split):
                 with self._open(block.path, "neighbors", (block.end - block.begin, None)):

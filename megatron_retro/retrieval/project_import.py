@@ -74,35 +74,58 @@ class Places:
         return np.where((offset % self._table.chunk_length == 0) & is_all & (end > begin), chunk, -1)
 
 
-def database_rows(project: Project, places: Places, table: ChunkTable) -> tuple[np.ndarray, np.ndarray]:
-    """The project's database: ([n, 4] int64 as `Project.chunks`, [n] int64 the chunk of each row, -1 for none).
+class DatabaseRows:
+    """A project's database, row by row.
+
+    Attributes:
+        chunk: [n] int64, the chunk that each row is, -1 for none.
+        document: [n] int64, the document that it stands in.
+        is_full: [n] bool, whether it has C tokens.
 
     Raises:
         UserError: a row lies outside of the corpora.
     """
-    rows = project.chunks()
-    corpus, sequence, begin, end = rows.T
-    inside = corpus < len(places.lengths)
-    inside &= sequence < np.diff(places.first)[np.where(inside, corpus, 0)]
-    known = np.where(inside, corpus, 0), np.where(inside, sequence, 0)
-    inside &= (begin < end) & (end <= places.length(*known))
-    if not inside.all():
-        row = int(np.flatnonzero(~inside)[0])
-        raise UserError(
-            f"--retro-project-dir {project.path}: db/merged/train.hdf5 row {row} is corpus {corpus[row]} sequence "
-            f"{sequence[row]} tokens {begin[row]} to {end[row]}, which the corpora do not have; give --data-path the "
-            "corpora that it was made from"
-        )
-    return rows, places.chunk(corpus, sequence, begin, end)
+
+    def __init__(self, project: Project, places: Places, chunk_length: int):
+        self._project, self._places = project, places
+        parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for rows in project.chunks():
+            corpus, sequence, begin, end = rows.T
+            self._check(rows, sum(len(part[0]) for part in parts))
+            chunk = places.chunk(corpus, sequence, begin, end)
+            parts.append((chunk, places.document(corpus, sequence), end - begin == chunk_length))
+        self.chunk, self.document, self.is_full = map(np.concatenate, zip(*parts, strict=True))
+
+    @classmethod
+    def open(cls, work: WorkDir, table: ChunkTable) -> "DatabaseRows":
+        project = Project(pathlib.Path(work.settings["retro_project_dir"]))
+        return cls(project, Places.open(work, table), table.chunk_length)
+
+    def __len__(self) -> int:
+        return len(self.chunk)
+
+    def _check(self, rows: np.ndarray, first: int) -> None:
+        corpus, sequence, begin, end = rows.T
+        places = self._places
+        inside = corpus < len(places.lengths)
+        inside &= sequence < np.diff(places.first)[np.where(inside, corpus, 0)]
+        known = np.where(inside, corpus, 0), np.where(inside, sequence, 0)
+        inside &= (begin < end) & (end <= places.length(*known))
+        if not inside.all():
+            row = int(np.flatnonzero(~inside)[0])
+            raise UserError(
+                f"--retro-project-dir {self._project.path}: db/merged/train.hdf5 row {first + row} is corpus "
+                f"{corpus[row]} sequence {sequence[row]} tokens {begin[row]} to {end[row]}, which the corpora do not "
+                "have; give --data-path the corpora that it was made from"
+            )
 
 
 def describe_database(work: WorkDir, table: ChunkTable) -> dict[str, Any]:
     """How many of the project's chunks are chunks of a work dir that is being built."""
-    project = Project(pathlib.Path(work.settings["retro_project_dir"]))
-    rows, chunk = database_rows(project, Places.open(work, table), table)
-    held = int((chunk >= 0).sum())
-    say(f"db-build: {held:,} of the {len(rows):,} chunks of {project.path} are chunks here")
-    return {"path": str(project.path), "chunks": len(rows), "held": held}
+    rows, path = DatabaseRows.open(work, table), work.settings["retro_project_dir"]
+    held = int((rows.chunk >= 0).sum())
+    say(f"db-build: {held:,} of the {len(rows):,} chunks of {path} are chunks here")
+    return {"path": path, "chunks": len(rows), "held": held}
 
 
 # ------------------------------------------------------------------------------------------------ neighbors
@@ -148,12 +171,10 @@ class ProjectNeighbors:
         project = Project(pathlib.Path(self._work.settings["retro_project_dir"]))
         reader = Reader(project, Places.open(self._work, index.table), index.table, index.database)
         rows, counts = reader.read()
-        save_npy(self._path, rows)
-        self._work.unfinished("neighbors").note(self._path)
         self._work.settings["project_neighbors"] = counts
         self._work.write()
-        for line in described(counts):
-            say(line)
+        save_npy(self._path, rows)
+        self._work.unfinished("neighbors").note(self._path)
 
 
 def described(counts: dict[str, int]) -> list[str]:
@@ -183,12 +204,7 @@ class Reader:
 
     def __init__(self, project: Project, places: Places, table: ChunkTable, database: Database):
         self._project, self._places, self._table, self._database = project, places, table, database
-        rows, self._chunk = database_rows(project, places, table)
-        corpus, sequence, begin, end = rows.T
-        self._document = places.document(corpus, sequence)
-        following = np.roll(np.arange(len(rows)), -1)  # the old reader's: behind the last row comes the first
-        self._goes_on = (corpus == corpus[following]) & (sequence == sequence[following]) & (end == begin[following])
-        self._next_document = self._document[following]
+        self._rows = DatabaseRows(project, places, table.chunk_length)
         self.counts: collections.Counter[str] = collections.Counter()
 
     def read(self) -> tuple[np.ndarray, dict[str, int]]:
@@ -224,20 +240,20 @@ class Reader:
     def _read_block(self, block: NeighborBlock, windows: Windows) -> np.ndarray:
         """[m, 1 + K] of the windows that are chunks; everything in the block is counted."""
         rows, counts = self._project.neighbors(block), self.counts
-        if len(wrong := np.argwhere((rows < -1) | (rows >= len(self._chunk)))):
+        if len(wrong := np.argwhere((rows < -1) | (rows >= len(self._rows)))):
             row, place = wrong[0]
             raise UserError(
                 f"--retro-project-dir: {block.path} row {row} holds the neighbor {rows[row, place]}, the database has "
-                f"{len(self._chunk)} chunks; restore the file, or the db/ it was made with"
+                f"{len(self._rows)} chunks; restore the file, or the db/ it was made with"
             )
         own = self._places.document(windows.corpus, windows.sequence)[:, None]
         last = self._places.document(windows.corpus, windows.last_sequence)[:, None]
         found, known = rows >= 0, np.maximum(rows, 0)
-        document = self._document[known]
+        document = self._rows.document[known]
         is_own = found & ((document == own) | (document == last))
-        runs_on = found & ~self._goes_on[known]
-        into = self._next_document[known]
-        ids = np.where(found & ~is_own, self._chunk[known], -1)
+        into = self._rows.document[(known + 1) % len(self._rows)]  # behind the last row Megatron reads the first
+        elsewhere = found & (into != document)
+        ids = np.where(found & ~is_own, self._rows.chunk[known], -1)
         ids[(ids >= 0) & ~self._database.holds(np.maximum(ids, 0))] = -1
         no_chunk = found & ~is_own & (ids < 0)
         twice = _repeated(ids)
@@ -251,8 +267,8 @@ class Reader:
         counts.update(shifted=int((~across & ~holds).sum()), neighbors=rows.size, none=int((~found).sum()))
         counts.update(own_document=int(is_own.sum()), twice=int(twice.sum()), no_chunk_here=int(no_chunk.sum()))
         counts.update(
-            continuation_elsewhere=int((runs_on & (into != document)).sum()),
-            continuation_own_document=int((runs_on & (into != document) & ((into == own) | (into == last))).sum()),
+            continuation_elsewhere=int(elsewhere.sum()),
+            continuation_own_document=int((elsewhere & ((into == own) | (into == last))).sum()),
         )
         return np.concatenate([chunk[holds, None], ids[holds]], axis=1)
 

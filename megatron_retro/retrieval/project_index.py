@@ -18,7 +18,7 @@ from megatron_retro.retrieval.database import Database
 from megatron_retro.retrieval.embedding import EmbeddingTable
 from megatron_retro.retrieval.index import inverted_lists, read_index
 from megatron_retro.retrieval.project import Project
-from megatron_retro.retrieval.project_import import Places, database_rows
+from megatron_retro.retrieval.project_import import DatabaseRows
 from megatron_retro.workdir import WorkDir
 
 _SAMPLE = 1000  # codes that are looked at
@@ -52,12 +52,11 @@ class ProjectIndex:
     @classmethod
     def open(cls, work: WorkDir, table: ChunkTable) -> "ProjectIndex | None":
         """The index of the project that a work dir is made from, if it has one."""
-        project = Project(pathlib.Path(work.settings["retro_project_dir"]))
-        path = project.index(work.settings["retro_index_str"])
+        path = Project(pathlib.Path(work.settings["retro_project_dir"])).index(work.settings["retro_index_str"])
         if path is None:
             return None
-        rows, chunk = database_rows(project, Places.open(work, table), table)
-        return cls(path, np.where(rows[:, 3] - rows[:, 2] == table.chunk_length, chunk, -1))
+        rows = DatabaseRows.open(work, table)
+        return cls(path, np.where(rows.is_full, rows.chunk, -1))
 
     def why_not(self, embeddings: EmbeddingTable, width: int) -> str:
         """Why it cannot be taken over; "" where it can."""

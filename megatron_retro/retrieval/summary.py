@@ -10,11 +10,12 @@ from megatron_retro import distributed, mcore
 from megatron_retro.retrieval import costs
 from megatron_retro.retrieval.neighbors import NeighborTable
 from megatron_retro.retrieval.progress import duration, say
+from megatron_retro.retrieval.project_import import described
 from megatron_retro.retrieval.query import OpenIndex
 from megatron_retro.retrieval.ranking import recall
 from megatron_retro.retrieval.tuning import sample_truth
 from megatron_retro.storage import write_atomically
-from megatron_retro.workdir import WorkDir
+from megatron_retro.workdir import STAGES, WorkDir
 
 _RECALL_AT = (2, 10)
 _ROWS = 1 << 18
@@ -50,6 +51,7 @@ def _write(index: OpenIndex, recalls: dict[str, float]) -> None:
         "tuned": work.settings["tuned"],
         **spent["measured"],
         "share_with_fewer_neighbors": _share_with_fewer(NeighborTable(work, index.table), chunks["chunks"]),
+        "project": {stage: facts["project"] for stage in STAGES if "project" in (facts := work.facts(stage))},
         "seconds": spent.get("seconds", {}),
     }
     text = json.dumps(summary, indent=1)
@@ -74,6 +76,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
         f"neighbors            {summary['retriever']}{', ' * bool(tuned)}{tuned}{cost}",
         f"recall vs exact      {recalls}",
         f"fewer neighbors      {summary['share_with_fewer_neighbors']:.2%} of chunks",
+        *(described(summary["project"]["neighbors"]) if "neighbors" in summary["project"] else []),
         *(f"time {task:<15} {duration(seconds)}" for task, seconds in summary["seconds"].items()),
     ]
 
