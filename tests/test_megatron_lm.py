@@ -143,6 +143,7 @@ def changed(file: pathlib.Path, change) -> None:
     torch.save(content, file)
 
 
+READS = "decoder.layers.8.cross_attention.attn.linear_kv.weight"
 NORM, QKV = "decoder.layers.2.pre_mlp_layernorm.weight", "decoder.layers.2.self_attention.linear_qkv.weight"
 REFUSED = {
     "no args": (lambda content: content.pop("args"), "mp_rank_00/model_optim_rng.pt has no 'args'"),
@@ -157,6 +158,8 @@ REFUSED = {
     "a tensor more": (lambda content: content["model"].update(new=torch.ones(3)), r"lacks the tensor new \[3\]"),
     "virtual stages": (lambda content: content.update(model0={}), "virtual pipeline stages"),
     "experts": (lambda content: vars(content["args"]).update(num_experts=8), "num_experts 8"),
+    "a model in itself": (lambda content: content["model"].update(more=content["model"]), "its 'model' is nested"),
+    "too many ranks": (lambda content: vars(content["args"]).update(tensor_model_parallel_size=10**12), "is missing"),
     "a text for a number": (lambda content: vars(content["args"]).update(num_layers="many"), "num_layers 'many'"),
 }
 
@@ -167,6 +170,24 @@ def test_shards_that_do_not_fit(name, tmp_path):
     changed(one_shard(tmp_path, tensor=2), change)
     with pytest.raises(UserError, match=message):
         MegatronCheckpoint(tmp_path, trust_pickle=True)
+
+
+def test_a_model_other_than_its_args_say(tmp_path):
+    old = MODELS["core, later"][0]
+    cases = [
+        (QKV, torch.ones(7, theirs.D), rf"tensor {QKV} is \[7, 26\], by the model's flags it is \[192, 26\]"),
+        (READS, None, f"has no tensor {READS.replace('attn.', '')}"),
+        ("decoder.layers.7.mlp.novel.weight", torch.ones(5, 3), r"novel.weight \[5, 3\] has no place"),
+        ("embedding.word_embeddings.weight", None, "holds no word embeddings"),
+        ("decoder.layers.2.input_layernorm.bias", torch.tensor(1.0), "layer_norm_bias is a single number"),
+    ]
+    for number, (name, weight, message) in enumerate(cases):
+        weights = old.weights() | ({} if weight is None else {name: weight})
+        if weight is None:
+            del weights[name]
+        theirs.save(tmp_path / str(number), old, weights)
+        with pytest.raises(UserError, match=message):
+            load(MegatronCheckpoint(tmp_path / str(number), trust_pickle=True))
 
 
 def test_files_that_do_not_fit(tmp_path):

@@ -57,7 +57,9 @@ _OUTPUT = ("output_layer.weight", "word_embeddings_for_head.weight")  # of the l
 _BY_ROWS = re.compile(r"(word_embeddings|output_layer|linear_qkv|linear_q|linear_kv|linear_fc1)\.(weight|bias)$")
 _BY_COLUMNS = re.compile(r"(linear_proj|linear_fc2)\.weight$")
 _NORM_WEIGHT = re.compile(r"norm\.weight$")
+_DEEPEST = 9  # dictionaries in dictionaries; a model from before megatron-core has 3
 _CHUNK_LENGTH = 64  # of all RETROs of Megatron-LM that do not say it
+_EMBEDDING = "embedding.word_embeddings.weight"
 _FROM_DECODER = "decoder.encoder."  # + embedding…: Megatron-LM's encoder had none of its own
 
 
@@ -84,7 +86,7 @@ class MegatronCheckpoint:
         self._shards = {place: _Shard(file) for place, file in files.items()}
         first = self._shards[0, 0]
         self._args = args = Args(first.file, first.args)
-        self._tensor_ranks = args.whole("tensor_model_parallel_size", otherwise=1)
+        self._tensor_ranks = args.whole("tensor_model_parallel_size", "model_parallel_size", otherwise=1)
         self._stages = args.whole("pipeline_model_parallel_size", otherwise=1)
         self._check_shards(files)
         self._weights = self._named()
@@ -101,7 +103,9 @@ class MegatronCheckpoint:
             self._weights.pop("output_layer.weight", None)
         if is_retro:
             self._share_embedding()
-        self.vocab_size = self.shape("embedding.word_embeddings.weight")[0]
+        if _EMBEDDING not in self._weights:
+            raise UserError(f"{first.file} holds no word embeddings; it is no checkpoint of a GPT or RETRO")
+        self.vocab_size = self.shape(_EMBEDDING)[0]
         self.kind = f"checkpoint of Megatron-LM (TP {self._tensor_ranks}, PP {self._stages})"
 
     def names(self) -> list[str]:
@@ -118,12 +122,10 @@ class MegatronCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         parts = self._parts(name)
-        rows, *columns = parts[0].shape
-        if _BY_ROWS.search(name):
-            rows *= len(parts)
-        elif _BY_COLUMNS.search(name):
-            columns[0] *= len(parts)
-        return (min(rows, self._positions_of(name) or rows), *columns)
+        shape = list(parts[0].shape)
+        if (axis := 1 if _BY_COLUMNS.search(name) else 0) < len(shape):
+            shape[axis] *= len(parts)
+        return (min(shape[0], self._positions_of(name) or shape[0]), *shape[1:])
 
     def tensor(self, name: str) -> Tensor:
         tensors = [part.tensor() for part in self._parts(name)]
@@ -152,17 +154,14 @@ class MegatronCheckpoint:
     # ------------------------------------------------------------------------------------------------ shards
 
     def _check_shards(self, files: dict[tuple[int, int], pathlib.Path]) -> None:
-        wanted = {(rank, stage) for rank in range(self._tensor_ranks) for stage in range(self._stages)}
         layout = f"its args say tensor-parallel {self._tensor_ranks}, pipeline-parallel {self._stages}"
-        if missing := sorted(wanted - files.keys()):
-            name = _shard_name(*missing[0], self._stages)
-            raise UserError(
-                f"{self.path}: shard {name} is missing ({len(missing)} of {len(wanted)}; {layout}); complete it"
-            )
-        if extra := sorted(files.keys() - wanted):
-            raise UserError(
-                f"{self.path}: {files[extra[0]].parent.name} is one shard too many ({layout}); take it away"
-            )
+        for place in ((rank, stage) for rank in range(self._tensor_ranks) for stage in range(self._stages)):
+            if place not in files:
+                name = _shard_name(*place, self._stages)
+                raise UserError(f"{self.path}: shard {name} is missing ({layout}); complete it")
+        for (rank, stage), file in files.items():
+            if rank >= self._tensor_ranks or stage >= self._stages:
+                raise UserError(f"{self.path}: {file.parent.name} is one shard too many ({layout}); take it away")
         first = self._shards[0, 0]
         for shard in self._shards.values():
             if shard.iteration != first.iteration:
@@ -181,7 +180,9 @@ class MegatronCheckpoint:
                 if not _NO_WEIGHTS.search(theirs):
                     parts = [_same_kind(shard, theirs, tensor, ranks[0]) for shard in ranks]
                     ours = _renumbered(_our_name(theirs, ranks[0]), layers_before)
-                    if ours != "embedding.word_embeddings.weight" or stage == 0:
+                    if not tensor.shape:
+                        raise UserError(f"{ranks[0].file}: tensor {theirs} is a single number; restore it")
+                    if ours != _EMBEDDING or stage == 0:
                         weights[ours] = parts
             for shard in ranks[1:]:
                 if extra := sorted(shard.weights.keys() - ranks[0].weights.keys()):
@@ -190,7 +191,7 @@ class MegatronCheckpoint:
         return weights
 
     def _share_embedding(self) -> None:
-        for name in ("embedding.word_embeddings.weight", "embedding.position_embeddings.weight"):
+        for name in (_EMBEDDING, "embedding.position_embeddings.weight"):
             if name in self._weights:
                 self._weights[_FROM_DECODER + name] = self._weights[name]
 
@@ -232,16 +233,17 @@ class _Shard:
                 f"{file} is of checkpoint version {version}; load and save it with a Megatron-LM of 2021 or later"
             )
         self.args, self.iteration = vars(content["args"]), content.get("iteration")
-        self.weights = dict(_flattened(content["model"]))
+        self.weights = dict(self._flattened(content["model"]))
         self.is_legacy = any(name.startswith("language_model.") for name in self.weights)
 
-
-def _flattened(values: dict, prefix: str = "") -> Iterator[tuple[str, Stored]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flattened(value, f"{prefix}{name}.")
-        elif isinstance(value, Stored):
-            yield f"{prefix}{name}", value
+    def _flattened(self, values: dict, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Stored]]:
+        if depth > _DEEPEST:
+            raise UserError(f"{self.file}: its 'model' is nested {depth} deep; restore it")
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield from self._flattened(value, f"{prefix}{name}.", depth + 1)
+            elif isinstance(value, Stored):
+                yield f"{prefix}{name}", value
 
 
 def _same_kind(shard: _Shard, name: str, tensor: Stored, first: _Shard) -> Stored:

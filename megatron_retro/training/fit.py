@@ -156,7 +156,8 @@ def fit(stages: list[RetroModel], source: Source) -> Fitted:
             f"--retro-fit-from {source.path}: tensor {unplaced[0]} {list(source.shape(unplaced[0]))} has no place in "
             f"this model ({len(unplaced)} such: {grouped(unplaced)}); add --retro-add-retriever for a RETRO"
         )
-    if missing := [name for name in new if not is_retrieval(name)]:
+    may_begin = not source.flags["retro_add_retriever"]  # what a RETRO adds to a GPT
+    if missing := [name for name in new if not (may_begin and is_retrieval(name))]:
         raise UserError(f"--retro-fit-from {source.path} has no tensor {missing[0]} ({grouped(missing)})")
     distributed.together(functools.partial(_copy, parameters, theirs, source))
     return Fitted(copied, new, sum(torch.Size(source.shape(name)).numel() for name in copied))
