@@ -9,6 +9,7 @@
     embeddings/<name>/<a>-<b>.npy   embeddings of chunks a … b-1 of the corpus, [b-a, E] float16
     index/                          trained.faiss, and shard-<i>.faiss holding the database's chunks
     neighbors/<name>/<a>-<b>.*.npy  ids [b-a, K_saved] int64 (-1: none), distances [b-a, K_saved] float32
+    neighbors/project.npy           those that a Megatron project had: a chunk id, then its neighbors, [m, 1 + K] int64
     report/                         figures for people
     sft/                            what instruction tuning has found (see `training/instructions.py`); in no record
 

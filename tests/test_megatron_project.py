@@ -378,6 +378,14 @@ def config(**values):
     return change
 
 
+def index(factory):
+    def change(path):
+        (path / "index" / "faiss-par-add" / factory).mkdir(parents=True)
+        (path / "index" / "faiss-par-add" / factory / "added_1.000_1.000.faissindex").write_bytes(b"IwFl")
+
+    return change
+
+
 DATABASE = "db/merged/train.hdf5"
 REFUSED = [
     (remove("config.json"), "no file config.json"),
@@ -393,6 +401,11 @@ REFUSED = [
     (remove("query/train*/*050-*.hdf5"), r"windows 0 … 49 without a gap, config\.json tells of 240"),
     (config(retro_gpt_train_samples=64), r"windows 0 … 239 without a gap, config\.json tells of 256"),
     (config(retro_gpt_vocab_file="tokenizer/none.json"), r"none\.json is not there; give it as --tokenizer-model"),
+    (index("IVF4,Flat"), r"added_1\.000_1\.000\.faissindex is not a FAISS index"),
+    (
+        lambda path: [index(name)(path) for name in ("IVF4,Flat", "IVF8,Flat")],
+        "has 2 indexes, .* give --retro-index-str",
+    ),
     (remove("data/*sentence.idx"), "corpus books_text_sentence is not at .*; give --data-path"),
     (lambda path: shutil.rmtree(path / "db"), r"indexed_dataset_infos\.json cannot be read"),
     (lambda path: write_corpus(path / "data" / "books_text_sentence", [[[1, 2]]]), "has 1 documents, .* made from 14"),

@@ -24,6 +24,7 @@ from megatron_retro.data.chunks import SPLITS, sequences
 from megatron_retro.errors import UserError
 from megatron_retro.reading import parse_json, read_text
 from megatron_retro.retrieval.corpora import weighted_prefixes
+from megatron_retro.retrieval.index import read_index
 
 _FLAG = "--retro-project-dir"
 _ROWS = 1 << 20
@@ -157,8 +158,11 @@ class Project:
 
     # -------------------------------------------------------------------------------------------- checks
 
-    def check(self) -> None:
+    def check(self, factory: str | None) -> None:
         """Look at every file's type and shape, before hours of work.
+
+        Args:
+            factory: string of the index that is wanted, if one was given.
 
         Raises:
             UserError: names the file and what is wrong.
@@ -166,6 +170,8 @@ class Project:
         self.num_documents()
         if next(self.chunks(), None) is None:
             raise UserError(f"{_FLAG} {self.path}: its db/merged/train.hdf5 holds no chunk; finish its db-build")
+        if index := self.index(factory):
+            read_index(index, None, mapped=True)
         for split in SPLITS:
             for block in self.blocks(split):
                 with self._open(block.path, "neighbors", (block.end - block.begin, None)):
@@ -252,7 +258,7 @@ def with_project(config: PreprocessConfig) -> PreprocessConfig:
                 "--tokenizer-model, or --vocab-file and --merge-file"
             )
         tokenizer = dataclasses.replace(tokenizer, **files)  # type: ignore[arg-type]
-    project.check()
+    project.check(config.retrieval.retro_index_str)
     retrieval = dataclasses.replace(config.retrieval, retro_chunk_length=project.chunk_length)
     return dataclasses.replace(config, documents=documents, tokenizer=tokenizer, retrieval=retrieval)
 
