@@ -13,7 +13,7 @@ from megatron_retro.config.flags import parse
 from megatron_retro.config.training import PretrainConfig
 from megatron_retro.distributed import world_size
 from megatron_retro.errors import UserError
-from megatron_retro.training.dry_run import dry_run
+from megatron_retro.training.dry_run import _ranges, dry_run
 
 WORKER = ROOT / "tests" / "dry_run_worker.py"
 SMALL = (
@@ -67,10 +67,10 @@ def test_it_plans_many_ranks_from_the_manifest_alone(small_work: pathlib.Path, t
         "import os, runpy\nos.environ['WORLD_SIZE'] = '16'\nrunpy.run_path('pretrain_retro.py', run_name='__main__')\n"
     )
     layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --global-batch-size 16".split()
-    text = run_forked(sixteen, "--retro-work-dir", work, "--save", save, *SMALL, *READS, *layout, "--dry-run")
+    text = run_forked(sixteen, "--retro-work-dir", work, "--save", save, *SMALL, *TWO, *READS, *layout, "--dry-run")
     assert "TP 2 × PP 2 × DP 4" in text and "tokens/s on 16 ranks" in text and "2 micro-batches" in text
     stages = re.findall(r"^ +\d +(\d-\d)(?: \+ encoder)? +([0-9.]+)M +.* ([0-9.]+)$", text, re.MULTILINE)
-    assert [layers for layers, *_ in stages] == ["1-2", "3-4"]
+    assert [layers for layers, *_ in stages] == ["1-1", "2-2"] and _ranges((1, 2, 3, 7, 9)) == "1-3,7-7,9-9"
     assert all(float(peak) > 0 for *_, peak in stages)
     assert "MiB a micro-batch from a rank of one stage to the next" in text
     assert not save.exists()

@@ -27,8 +27,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "ATTRIBUTES", few)
     for name, flags in (("MODEL", MODEL), ("RETRO", RETRO), ("TRAIN", TRAIN)):
         monkeypatch.setattr(run, name, flags.split())
+
+    def call(program: pathlib.Path, *flags: object, ranks: int = 1, log: object = None) -> None:
+        run_forked("tests/limited.py", 0, program, *flags, ranks=ranks)  # which embeds without measuring first
+
     for module in (run, instruct):
-        monkeypatch.setattr(module, "call", lambda *words, ranks=1, log=None: run_forked(*words, ranks=ranks))
+        monkeypatch.setattr(module, "call", call)
 
 
 def test_answers_follow_the_database(tmp_path: pathlib.Path, small: None) -> None:

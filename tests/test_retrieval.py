@@ -34,13 +34,14 @@ from megatron_retro.workdir import WorkDir
 
 
 def brute_force(queries, vectors, database, own, k):
-    """Loops and a full sort by (distance, id), in float64, rounded to float32."""
+    """Query by query a full sort by (distance, id), in float64, rounded to float32."""
     ids, distances = np.full((len(queries), k), -1), np.full((len(queries), k), np.inf, np.float32)
+    vectors = vectors.astype(np.float64)
     for row, (query, (begin, end)) in enumerate(zip(queries.astype(np.float64), own, strict=True)):
-        distance = ((vectors.astype(np.float64) - query) ** 2).sum(1).astype(np.float32)
-        foreign = sorted((d, chunk) for d, chunk in zip(distance, database, strict=True) if not begin <= chunk < end)
-        for column, (d, chunk) in enumerate(foreign[:k]):
-            ids[row, column], distances[row, column] = chunk, d
+        distance = ((vectors - query) ** 2).sum(1).astype(np.float32)
+        order = np.lexsort((database, distance))
+        nearest = order[(database[order] < begin) | (database[order] >= end)][:k]
+        ids[row, : len(nearest)], distances[row, : len(nearest)] = database[nearest], distance[nearest]
     return ids, distances
 
 
