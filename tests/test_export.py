@@ -82,7 +82,9 @@ def some_tokens() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_a_gpt_is_a_stock_model(name: str, tmp_path: pathlib.Path, tokenizer: pathlib.Path) -> None:
+def test_a_gpt_is_a_stock_model(
+    name: str, tmp_path: pathlib.Path, tokenizer: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
     import transformers
 
     model, there = exported(tmp_path, tokenizer, **STOCK[name])
@@ -91,6 +93,11 @@ def test_a_gpt_is_a_stock_model(name: str, tmp_path: pathlib.Path, tokenizer: pa
     with torch.no_grad():
         expected = model(some_tokens())[..., :500]
         torch.testing.assert_close(stock(some_tokens()).logits, expected, rtol=1e-5, atol=1e-5)
+    insists = name == "qwen2"  # on a tokenizer like Qwen2's own
+    assert ("PreTrainedTokenizerFast" in capsys.readouterr().out) == insists
+    loader = transformers.PreTrainedTokenizerFast if insists else transformers.AutoTokenizer
+    (text,) = stdlib_texts(1, 300)
+    assert loader.from_pretrained(there)(text).input_ids == Tokenizer.open(tokenizer).encode([text])[0]
 
 
 FRESH = """

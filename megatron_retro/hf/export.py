@@ -19,7 +19,7 @@ from megatron_retro.data.tokenizer import Tokenizer
 from megatron_retro.errors import UserError
 from megatron_retro.hf import RetroConfig, RetroForCausalLM, stock
 from megatron_retro.hf.configuration import flag_names
-from megatron_retro.hf.tokenizer import save_tokenizer
+from megatron_retro.hf.tokenizer import is_found, save_tokenizer
 from megatron_retro.interop.own import OwnCheckpoint
 from megatron_retro.retrieval.corpora import describe_tokenizer
 from megatron_retro.storage import check_writable, replacing
@@ -60,6 +60,8 @@ def export(given: ConversionConfig) -> None:
         save_tokenizer(file, temporary, shape.model.max_position_embeddings or shape.model.seq_length)
     kind = "RetroForCausalLM: import megatron_retro.hf before it is loaded" if retro else config.model_type
     print(f"{path} saved to {save} ({kind})")
+    if not is_found(save, tokenizer):
+        print(f"AutoTokenizer takes another kind for {config.model_type}; PreTrainedTokenizerFast loads this one")
 
 
 def _tokenizer_file(given: str | None, source: OwnCheckpoint) -> pathlib.Path:

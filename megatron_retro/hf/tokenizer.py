@@ -56,6 +56,14 @@ def save_tokenizer(file: pathlib.Path, directory: pathlib.Path, longest: int) ->
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
+def is_found(directory: pathlib.Path, ours: Tokenizer) -> bool:
+    """Whether `AutoTokenizer` loads what was saved: for some kinds of models it insists on a tokenizer of its own."""
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(directory)
+    return [loaded(text).input_ids for text in PROBES] == ours.encode(list(PROBES))
+
+
 def _without_frame(file: pathlib.Path) -> Any:
     """A `tokenizer.json` that neither adds tokens nor cuts or fills texts."""
     import tokenizers
