@@ -81,7 +81,7 @@ def some_tokens() -> torch.Tensor:
     return torch.randint(500, (2, 40), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", [name for name in STOCK if name != "llama"])  # that one loads in a fresh process below
 def test_a_gpt_is_a_stock_model(
     name: str, tmp_path: pathlib.Path, tokenizer: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
