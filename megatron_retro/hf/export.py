@@ -5,6 +5,7 @@ A RETRO becomes a `RetroForCausalLM`, which loads where this package is installe
 """
 
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,6 +108,8 @@ def _save_model(config: transformers.PreTrainedConfig, tensors: dict[str, Tensor
     config.dtype = next(iter(tensors.values())).dtype
     config.save_pretrained(directory)
     huggingface_hub.save_torch_state_dict(tensors, directory, max_shard_size=_SHARD)
+    for file in directory.glob("*.safetensors"):
+        shutil.copymode(directory / "config.json", file)  # safetensors lets nobody else read its files
 
 
 def _generation(tokenizer: Tokenizer) -> transformers.GenerationConfig:
