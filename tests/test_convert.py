@@ -116,7 +116,11 @@ def test_what_does_not_fit_is_told_by_every_program(
     run = ["pretrain_retro.py", "--retro-work-dir", small_work, *RUN, "--save", save]
     convert = ["tools/convert_checkpoint.py", "--tokenizer-model", small_work / "tokenizer" / "tokenizer.model"]
     wrong = "tensor model.norm.weight is [31], by the model's flags it is [32]"
+    damaged = shutil.copytree(converted, tmp_path / "damaged")
+    file = next((damaged / "iter_0000000").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
     for command, told, ranks in (
+        ([*run, "--retro-fit-from", damaged], f"checkpoint file {file} was", 2),
         ([*run, "--retro-fit-from", broken], wrong, 2),
         ([*convert, "--load", broken, "--save", save], wrong, 1),
         ([*run, "--retro-fit-from", tmp_path], "holds no model", 1),

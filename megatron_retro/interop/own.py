@@ -14,7 +14,7 @@ from megatron_retro.config import flags
 from megatron_retro.errors import UserError
 from megatron_retro.interop.families import Config
 from megatron_retro.interop.hugging_face import TensorFiles, check_same_ids, tokenizer_beside
-from megatron_retro.training import checkpoint
+from megatron_retro.training import checkpoint, checkpoint_files
 
 RETRO_TYPE = "retro_megatron"  # `model_type` of an exported RETRO
 
@@ -36,6 +36,9 @@ class OwnCheckpoint:
     @functools.cached_property
     def _stored(self) -> mcore.StoredWeights:
         return mcore.StoredWeights(str(self.path))
+
+    def verify(self) -> None:
+        checkpoint_files.verify(self.path)
 
     def names(self) -> list[str]:
         return list(self._stored.shapes)
@@ -82,6 +85,9 @@ class ExportedRetro:
     @functools.cached_property
     def _stored(self) -> TensorFiles:
         return TensorFiles(self.path)
+
+    def verify(self) -> None:
+        """It has no fingerprints."""
 
     def names(self) -> list[str]:
         return sorted(self._stored.names())

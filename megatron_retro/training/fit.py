@@ -44,6 +44,13 @@ class Source(Protocol):
     vocab_size: int
     chunk_length: int | None
 
+    def verify(self) -> None:
+        """Compare its files with fingerprints, where it has some; ranks share the reading, all call it.
+
+        Raises:
+            UserError: a file is not what it was.
+        """
+
     def names(self) -> list[str]:
         """Our names of its weights.
 
@@ -147,6 +154,7 @@ def fit(stages: list[RetroModel], source: Source) -> Fitted:
     Raises:
         UserError: a tensor is missing, has no place, or another shape; names it and both shapes.
     """
+    source.verify()
     theirs = set(distributed.together(source.names))
     parameters = {name: weight for stage in stages for name, weight in named_weights(stage)}
     everywhere = sorted({name for of_rank in distributed.all_gather(list(parameters)) for name in of_rank})
