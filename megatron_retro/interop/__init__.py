@@ -1,1 +1,1 @@
-"""Models and data of other projects: what they are called there, and here."""
+"""Models of other projects: what they are called there, and here."""
