@@ -1,5 +1,6 @@
 """A RETRO that starts from a GPT is that GPT at first: of each family, at any layout; and what does not fit."""
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -165,6 +166,22 @@ def test_what_does_not_fit_is_refused(models: pathlib.Path, tmp_path: pathlib.Pa
         start_from(broken(models, tmp_path, name, change))
 
 
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "qwen3", "gpt2", "pythia"])
+def test_any_value_of_a_config_is_read_or_refused(models: pathlib.Path, tmp_path: pathlib.Path, name: str) -> None:
+    values = json.loads((models / name / "config.json").read_text())
+    names = {*values, "rope_scaling", "sliding_window", "use_sliding_window", "rotary_pct", "head_dim"}
+    wrong: list[Any] = ["x", [], {}, -1, 0, None, 0.3, True, {"rope_theta": "x"}, {"rope_type": []}]
+    refused = 0
+    for key, value in itertools.product(sorted(names), wrong):
+        (tmp_path / "config.json").write_text(json.dumps({**values, key: value}))
+        try:
+            source = open_source("--retro-fit-from", str(tmp_path))
+            fit.check(source, seq_length=32, chunk_length=8, vocab_size=V)
+        except UserError:
+            refused += 1
+    assert refused > 20
+
+
 def test_files_cut_short_are_refused(models: pathlib.Path, tmp_path: pathlib.Path) -> None:
     path = shutil.copytree(models / "gpt2", tmp_path / "cut")
     whole = (path / "model.safetensors").read_bytes()
@@ -212,8 +229,13 @@ def test_older_directories_are_read_too(models: pathlib.Path, tmp_path: pathlib.
     assert "no weights (1): transformer.h.0.attn.bias" in expected.lines(source)[-1]
 
     (path / "model.safetensors.index.json").unlink()
-    torch.save(tensors, path / "pytorch_model.bin")
-    assert start_from(path) == expected
+    for is_archive in (True, False):
+        torch.save(tensors, path / "pytorch_model.bin", _use_new_zipfile_serialization=is_archive)
+        assert start_from(path) == expected
+    for content in ([], {"state_dict": tensors}):
+        torch.save(content, path / "pytorch_model.bin")
+        with pytest.raises(UserError, match=r"pytorch_model\.bin cannot be read \(it is no dictionary of tensors"):
+            start_from(path)
 
 
 def test_names_are_told_in_groups() -> None:

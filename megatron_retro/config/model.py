@@ -152,7 +152,9 @@ class ModelConfig:
         at_least(1, self, "kv_channels")
         if self.kv_channels % 2:
             raise UserError(f"--kv-channels is {self.kv_channels}; rotary positions need an even width of a head")
-        if not 0 < self.rotary_percent <= 1 or self.rotary_width < 2 or self.rotary_width % 2:
+        if not 0 < self.rotary_percent <= 1:
+            raise UserError(f"--rotary-percent is {self.rotary_percent}; it takes a share above 0, up to 1")
+        if self.rotary_width < 2 or self.rotary_width % 2:
             raise UserError(
                 f"--rotary-percent {self.rotary_percent} turns {self.rotary_width} numbers of --kv-channels "
                 f"{self.kv_channels}; they must be even in number, at least 2"

@@ -125,17 +125,24 @@ class JsonTokenizer(Tokenizer):
         return self._model.decode_batch(kept, skip_special_tokens=True)
 
 
+_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def tokenizer_in(directory: pathlib.Path) -> pathlib.Path | None:
+    """The `tokenizer.json` or SentencePiece model in a model's directory, if there is one."""
+    return next((directory / name for name in _FILES if (directory / name).is_file()), None)
+
+
 def tokenizer_file(path: pathlib.Path) -> pathlib.Path:
     """`path`, or of a Hugging Face directory the tokenizer's file in it.
 
     Raises:
         UserError: there is none.
     """
-    names = ("tokenizer.json", "tokenizer.model")
-    file = next((path / name for name in names if (path / name).is_file()), path)
-    if path.is_dir() and file == path:
+    file = tokenizer_in(path) or path
+    if file.is_dir():
         way_out = "; give them as --vocab-file and --merge-file" if (path / "merges.txt").is_file() else ""
-        raise UserError(f"--tokenizer-model {path} is a directory without {' or '.join(names)}{way_out}")
+        raise UserError(f"--tokenizer-model {path} is a directory without {' or '.join(_FILES)}{way_out}")
     if not file.is_file():
         raise UserError(f"--tokenizer-model {path}: no such file")
     return file

@@ -76,39 +76,40 @@ def _comparable(model: ModelConfig) -> dict[str, Any]:
     return ours
 
 
-def _llama(model: ModelConfig) -> dict[str, Any]:
-    biases = not model.disable_bias_linear
+def _rotary_gpt(model: ModelConfig) -> dict[str, Any]:
+    """What Llama, its relatives and GPT-NeoX call alike."""
     return {
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
         "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups,
-        "head_dim": model.kv_channels,
         "max_position_embeddings": model.max_position_embeddings,
-        "rope_parameters": _rope(model),
-        "rms_norm_eps": model.norm_epsilon,
-        "attention_bias": biases,
-        "mlp_bias": biases,
         "attention_dropout": model.attention_dropout,
         "initializer_range": model.init_method_std,
     }
 
 
+def _llama(model: ModelConfig) -> dict[str, Any]:
+    biases = not model.disable_bias_linear
+    return {
+        **_rotary_gpt(model),
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.kv_channels,
+        "rope_parameters": _rope(model),
+        "rms_norm_eps": model.norm_epsilon,
+        "attention_bias": biases,
+        "mlp_bias": biases,
+    }
+
+
 def _neox(model: ModelConfig) -> dict[str, Any]:
     return {
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "max_position_embeddings": model.max_position_embeddings,
+        **_rotary_gpt(model),
         "rope_parameters": {**_rope(model), "partial_rotary_factor": model.rotary_percent},
         "layer_norm_eps": model.norm_epsilon,
         "hidden_act": "gelu_new" if model.openai_gelu else "gelu",
         "use_parallel_residual": model.use_parallel_residual,
         "hidden_dropout": model.hidden_dropout,
-        "attention_dropout": model.attention_dropout,
-        "initializer_range": model.init_method_std,
     }
 
 

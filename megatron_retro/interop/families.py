@@ -97,6 +97,23 @@ class Config:
             raise UserError(f"{self.path / 'config.json'}: {name} is {value!r}; it must be a whole number above 0")
         return value
 
+    def number(self, name: str, otherwise: float) -> float:
+        """A finite number above 0."""
+        value = self.get(name, otherwise)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise UserError(f"{self.path / 'config.json'}: {name} is {value!r}; it must be a number above 0")
+        return float(value)
+
+    def inner(self, *names: str) -> "Config":
+        """The objects that stand under these names, as one; of what several hold, the last one's."""
+        values: dict[str, Any] = {}
+        for name in names:
+            value = self.get(name, {})
+            if not isinstance(value, dict):
+                raise UserError(f"{self.path / 'config.json'}: {name} is {value!r}; it must be a JSON object")
+            values.update(value)
+        return Config(self.path, values)
+
     def only(self, name: str, *allowed: Any, otherwise: Any) -> Any:
         """A value that must be one of `allowed`.
 
@@ -117,7 +134,7 @@ def family_of(config: Config) -> Family:
         UserError: none of those here.
     """
     kind = config.need("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
             f"{config.path / 'config.json'}: model_type {kind!r} is none of {', '.join(sorted(FAMILIES))}; take a "
             "model of one of these"
@@ -150,7 +167,7 @@ def _llama_flags(config: Config) -> dict[str, Any]:
         "position_embedding_type": "rope",
         **_rotary_flags(config),
         "normalization": "RMSNorm",
-        "norm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
+        "norm_epsilon": config.number("rms_norm_eps", 1e-6),
         "swiglu": True,
         "openai_gelu": False,
         "disable_bias_linear": not has_bias,
@@ -164,14 +181,15 @@ def _llama_flags(config: Config) -> dict[str, Any]:
 def _window(config: Config) -> int | None:
     """Up to there a sliding window of self-attention makes no difference."""
     uses_window = config.get("use_sliding_window", config.get("model_type") == "mistral")
-    return config.get("sliding_window") if uses_window else None
+    has_window = uses_window and config.get("sliding_window") is not None
+    return config.whole("sliding_window") if has_window else None
 
 
 def _rotary_flags(config: Config, percent: float = 1.0) -> dict[str, Any]:
     """`rope_parameters` of transformers 5; before it `rope_theta`, `rope_scaling` and names of their own."""
-    rotary = {**config.get("rope_scaling", {}), **config.get("rope_parameters", {})}
-    base = rotary.get("rope_theta") or config.get("rope_theta") or config.get("rotary_emb_base", 10000)
-    percent = rotary.get("partial_rotary_factor") or config.get("rotary_pct") or percent
+    rotary = config.inner("rope_scaling", "rope_parameters")
+    base = rotary.number("rope_theta", config.number("rope_theta", config.number("rotary_emb_base", 10000)))
+    percent = rotary.number("partial_rotary_factor", config.number("rotary_pct", percent))
     if base != int(base):
         raise UserError(f"{config.path / 'config.json'}: rope_theta is {base}; --rotary-base takes whole numbers")
     kind = rotary.get("rope_type", rotary.get("type", "default"))
@@ -179,14 +197,14 @@ def _rotary_flags(config: Config, percent: float = 1.0) -> dict[str, Any]:
     fits = kind == "default" or (kind == "llama3" and all(rotary.get(name) == at for name, at in stretched.items()))
     if not fits:
         raise UserError(
-            f"{config.path / 'config.json'}: rotary positions are of the kind {rotary}; only 'default', and 'llama3' "
-            f"with {stretched}, can be computed here"
+            f"{config.path / 'config.json'}: rotary positions are of the kind {rotary.values}; only 'default', and "
+            f"'llama3' with {stretched}, can be computed here"
         )
     return {
         "rotary_base": int(base),
-        "rotary_percent": float(percent),
+        "rotary_percent": percent,
         "use_rope_scaling": kind == "llama3",
-        "rope_scaling_factor": float(rotary.get("factor", 8.0)) if kind == "llama3" else 8.0,
+        "rope_scaling_factor": rotary.number("factor", 8.0) if kind == "llama3" else 8.0,
     }
 
 
@@ -234,7 +252,7 @@ def _gpt2_flags(config: Config) -> dict[str, Any]:
         "num_query_groups": heads,
         "max_position_embeddings": config.whole("n_positions"),
         "position_embedding_type": "learned_absolute",
-        "norm_epsilon": float(config.get("layer_norm_epsilon", 1e-5)),
+        "norm_epsilon": config.number("layer_norm_epsilon", 1e-5),
         "openai_gelu": activation != "gelu",
         "use_parallel_residual": False,
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", True),
@@ -282,7 +300,7 @@ def _neox_flags(config: Config) -> dict[str, Any]:
         "max_position_embeddings": config.whole("max_position_embeddings"),
         "position_embedding_type": "rope",
         **_rotary_flags(config, percent=0.25),
-        "norm_epsilon": float(config.get("layer_norm_eps", 1e-5)),
+        "norm_epsilon": config.number("layer_norm_eps", 1e-5),
         "openai_gelu": activation != "gelu",
         "use_parallel_residual": bool(config.get("use_parallel_residual", True)),
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
@@ -364,7 +382,7 @@ FAMILIES = {
     "gpt2": Family(
         _gpt2_flags,
         _gpt2_tensors,
-        lambda config: config.get("n_positions"),
+        lambda config: config.whole("n_positions"),
         "transformer.",
         (".attn.bias", ".attn.masked_bias"),
     ),

@@ -2,12 +2,13 @@
 
 import functools
 import pathlib
+import zipfile
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_retro.data.tokenizer import Tokenizer
+from megatron_retro.data.tokenizer import Tokenizer, tokenizer_in
 from megatron_retro.errors import UserError
 from megatron_retro.interop.families import Config, Mapped, family_of
 from megatron_retro.reading import parse_json, read_text
@@ -95,21 +96,15 @@ class HuggingFaceDirectory:
             ) from None
 
     def tokenizer_file(self) -> pathlib.Path | None:
-        return tokenizer_beside(self.path)
+        return tokenizer_in(self.path)
 
     def check_tokenizer(self, digest: str, file: pathlib.Path) -> None:
         if own := self.tokenizer_file():
             check_same_ids(own, file)
 
 
-def tokenizer_beside(path: pathlib.Path) -> pathlib.Path | None:
-    """The `tokenizer.json` or SentencePiece model in a model's directory, if there is one."""
-    names = ("tokenizer.json", "tokenizer.model", "spiece.model")
-    return next((path / name for name in names if (path / name).is_file()), None)
-
-
 def check_same_ids(own: pathlib.Path, file: pathlib.Path) -> None:
-    """Compare a model's tokenizer with a work dir's.
+    """Compare a model's tokenizer with the one that is to be used, a work dir's or a flag's.
 
     Raises:
         UserError: the same text has other ids.
@@ -120,8 +115,8 @@ def check_same_ids(own: pathlib.Path, file: pathlib.Path) -> None:
     for text, their_ids, our_ids in zip(PROBES, theirs, ours, strict=True):
         if their_ids != our_ids:
             raise UserError(
-                f"the tokenizer {own} writes {text!r} as {their_ids[:8]}…, the work dir's as {our_ids[:8]}…; build "
-                f"the work dir with --tokenizer-model {own}"
+                f"the model's tokenizer {own} writes {text!r} as {their_ids[:8]}…, {file} as {our_ids[:8]}…; take "
+                f"--tokenizer-model {own}, for the work dir too"
             )
 
 
@@ -193,7 +188,11 @@ class TensorFiles:
 
                     self._open[file] = safe_open(str(file), "pt")
                 else:
-                    self._open[file] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                    mapped = zipfile.is_zipfile(file)  # files of before 2020 are none, and cannot be
+                    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+                    if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
+                        raise ValueError("it is no dictionary of tensors")
+                    self._open[file] = tensors
             except Exception as error:  # each library raises kinds of its own
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UserError(f"{file} cannot be read ({reason}); restore it") from None

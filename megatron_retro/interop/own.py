@@ -11,9 +11,10 @@ from torch import Tensor
 
 from megatron_retro import mcore
 from megatron_retro.config import flags
+from megatron_retro.data.tokenizer import tokenizer_in
 from megatron_retro.errors import UserError
 from megatron_retro.interop.families import Config
-from megatron_retro.interop.hugging_face import TensorFiles, check_same_ids, tokenizer_beside
+from megatron_retro.interop.hugging_face import TensorFiles, check_same_ids
 from megatron_retro.training import checkpoint, checkpoint_files
 
 RETRO_TYPE = "retro_megatron"  # `model_type` of an exported RETRO
@@ -105,7 +106,7 @@ class ExportedRetro:
         return self._stored.tensor(name)
 
     def tokenizer_file(self) -> pathlib.Path | None:
-        return tokenizer_beside(self.path)
+        return tokenizer_in(self.path)
 
     def check_tokenizer(self, digest: str, file: pathlib.Path) -> None:
         if digest != self._config.get("tokenizer_digest") and (own := self.tokenizer_file()):
