@@ -121,8 +121,8 @@ def test_what_does_not_fit_is_told_by_every_program(
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     for command, told, ranks in (
         ([*run, "--retro-fit-from", damaged], f"checkpoint file {file} was", 2),
-        ([*run, "--retro-fit-from", broken], wrong, 2),
-        ([*convert, "--load", broken, "--save", save], wrong, 1),
+        ([*run, "--retro-fit-from", broken], f"--retro-fit-from {broken}: {wrong}", 2),
+        ([*convert, "--load", broken, "--save", save], f"--load {broken}: {wrong}", 1),
         ([*run, "--retro-fit-from", tmp_path], "holds no model", 1),
         ([*run, "--retro-fit-from", tmp_path / "none"], "no such directory", 1),
         ([*run, "--retro-freeze-decoder"], "--retro-freeze-decoder needs", 1),
@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_told_by_every_program(
     ):
         output = run_forked(*command, ranks=ranks, expect=2)
         assert told in output and "Traceback" not in output, output
-    assert not list(save.glob("iter_*")) if save.exists() else True
+    assert not list(save.glob("iter_*"))
 
 
 def test_another_tokenizer_is_noticed(llama: pathlib.Path, small_work: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -141,5 +141,9 @@ def test_another_tokenizer_is_noticed(llama: pathlib.Path, small_work: pathlib.P
     path = shutil.copytree(llama, tmp_path / "other")
     other = tokenizers.Tokenizer(tokenizers.models.BPE({"<eos>": 0, "a": 1}, [], unk_token="<eos>"))
     other.save(str(path / "tokenizer.json"))
+    own = path / "tokenizer.json"
     told = run_forked("pretrain_retro.py", "--retro-work-dir", small_work, *RUN, "--retro-fit-from", path, expect=2)
-    assert "the tokenizer" in told and "build the work dir with --tokenizer-model" in told
+    assert f"the model's tokenizer {own}" in told and f"take --tokenizer-model {own}" in told
+    given = ("--tokenizer-model", small_work / "tokenizer" / "tokenizer.model", "--save", tmp_path / "save")
+    told = run_forked("tools/convert_checkpoint.py", "--load", path, *given, expect=2)
+    assert f"take --tokenizer-model {own}" in told and not (tmp_path / "save").exists()

@@ -39,9 +39,11 @@ def convert(config: ConvertConfig) -> None:
     facts = describe_tokenizer(tokenizer)
     if facts["vocab_size"] > source.vocab_size:
         raise UserError(
-            f"--tokenizer-model {tokenizer} has {facts['vocab_size']} ids, --load {given.load} knows "
-            f"{source.vocab_size}; give the model's own"
+            f"the tokenizer {tokenizer} has {facts['vocab_size']} ids, --load {given.load} knows "
+            f"{source.vocab_size}; give the model's own as --tokenizer-model"
         )
+    digest = digest_of_tokenizer(facts, tokenizer)
+    source.check_tokenizer(digest, tokenizer)
     run = PretrainConfig(parallel=TrainingParallelConfig(bf16=given.bf16))
     shape = checkpoint.shape_of({**source.flags, "seq_length": source.max_positions})
     run.model, run.retro = shape.model, shape.retro
@@ -51,7 +53,7 @@ def convert(config: ConvertConfig) -> None:
     chunk_length = source.chunk_length or given.retro_chunk_length
     vocab_size = padded_vocab_size(source.vocab_size, run.model.make_vocab_size_divisible_by, 1)
     stages = make_stages(run.model, run.active_retro, run.parallel, vocab_size, chunk_length, run.data.seed)
-    for line in fit(stages, source).lines(source):
+    for line in fit(stages, source, "--load").lines(source):
         print(line)
     state = checkpoint.RunState(
         iteration=0,
@@ -59,7 +61,7 @@ def convert(config: ConvertConfig) -> None:
         config=flags.to_dict(run),
         vocab_size=vocab_size,
         chunk_length=chunk_length,
-        tokenizer_digest=digest_of_tokenizer(facts, tokenizer),
+        tokenizer_digest=digest,
         data_digest="",
     )
     path = checkpoint.save(str(save), stages[0], None, state)

@@ -145,8 +145,11 @@ def check(source: Source, *, seq_length: int, chunk_length: int, vocab_size: int
 
 
 @torch.no_grad()
-def fit(stages: list[RetroModel], source: Source) -> Fitted:
+def fit(stages: list[RetroModel], source: Source, flag: str = "--retro-fit-from") -> Fitted:
     """Copy what the source has into this rank's part of the model; every rank calls it.
+
+    Args:
+        flag: that names the source, for messages.
 
     Rows of tokens that the source does not know (of a padded vocabulary) become the mean of those it knows: their
     logit is then below the mean of the others, so they hardly count.
@@ -155,19 +158,19 @@ def fit(stages: list[RetroModel], source: Source) -> Fitted:
         UserError: a tensor is missing, has no place, or another shape; names it and both shapes.
     """
     source.verify()
-    theirs = set(distributed.together(source.names))
+    theirs, where = set(distributed.together(source.names)), f"{flag} {source.path}"
     parameters = {name: weight for stage in stages for name, weight in named_weights(stage)}
     everywhere = sorted({name for of_rank in distributed.all_gather(list(parameters)) for name in of_rank})
     copied, new = [name for name in everywhere if name in theirs], [name for name in everywhere if name not in theirs]
     if unplaced := sorted(theirs - set(everywhere)):
         raise UserError(
-            f"--retro-fit-from {source.path}: tensor {unplaced[0]} {list(source.shape(unplaced[0]))} has no place in "
-            f"this model ({len(unplaced)} such: {grouped(unplaced)}); add --retro-add-retriever for a RETRO"
+            f"{where}: tensor {unplaced[0]} {list(source.shape(unplaced[0]))} has no place in a model of its flags "
+            f"({len(unplaced)} such: {grouped(unplaced)}); take the files that belong together"
         )
     may_begin = not source.flags["retro_add_retriever"]  # what a RETRO adds to a GPT
     if missing := [name for name in new if not (may_begin and is_retrieval(name))]:
-        raise UserError(f"--retro-fit-from {source.path} has no tensor {missing[0]} ({grouped(missing)})")
-    distributed.together(functools.partial(_copy, parameters, theirs, source))
+        raise UserError(f"{where} has no tensor {missing[0]} ({grouped(missing)}); complete it")
+    distributed.together(functools.partial(_copy, parameters, theirs, source, where))
     return Fitted(copied, new, sum(torch.Size(source.shape(name)).numel() for name in copied))
 
 
@@ -178,7 +181,7 @@ def named_weights(stage: RetroModel) -> Iterator[tuple[str, Tensor]]:
         yield _EMBEDDING if is_copy else name, weight
 
 
-def _copy(parameters: dict[str, Tensor], theirs: set[str], source: Source) -> None:
+def _copy(parameters: dict[str, Tensor], theirs: set[str], source: Source, where: str) -> None:
     for name, weight in parameters.items():
         of_source = name
         if name == _ENCODER_EMBEDDING and name not in theirs and source.shape(_EMBEDDING)[1] == weight.shape[1]:
@@ -190,12 +193,12 @@ def _copy(parameters: dict[str, Tensor], theirs: set[str], source: Source) -> No
         known = source.vocab_size if name in BY_TOKEN else rows
         if found != [known, *others]:
             raise UserError(
-                f"--retro-fit-from {source.path}: tensor {source.called(of_source)} is {found}, by the model's flags "
+                f"{where}: tensor {source.called(of_source)} is {found}, by the model's flags "
                 f"it is {[known, *others]}; take the files that belong together"
             )
         whole = source.tensor(of_source)
         if known < rows:
-            whole = torch.cat([whole, whole.float().mean(0).to(whole.dtype).expand(rows - known, -1)])
+            whole = torch.cat([whole, whole.mean(0, dtype=torch.float32).to(whole.dtype).expand(rows - known, -1)])
         weight.copy_(_shard(whole, weight, ranks, gated))
 
 
