@@ -139,6 +139,13 @@ def test_an_interrupted_index_keeps_its_number_of_shards(small_work, tmp_path):
     assert arrays(work.path, "neighbors") == arrays(small_work, "neighbors")
 
 
+@pytest.mark.parametrize("task", ["db-build", "embed", "index-train", "index-add", "query-neighbors"])
+def test_a_task_before_the_first_one_is_refused(small_input, tmp_path, task):
+    with pytest.raises(UserError, match=r"the stage 'corpus' is not finished"):
+        build(tmp_path / "work", "--retro-tasks", task, "--input", str(small_input))
+    assert not (tmp_path / "work").exists()
+
+
 def test_tasks_can_be_run_one_by_one(small_input, small_work, tmp_path):
     work = copy_without(small_work, tmp_path / "work", "index", "neighbors")
     shutil.rmtree(work.path / "index")

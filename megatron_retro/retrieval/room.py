@@ -129,7 +129,7 @@ class Need:
                 counted["name"]: Counts(counted["documents"], entry["tokens"], counted["chunks"])
                 for counted, entry in zip(chunks, corpora, strict=True)
             }
-        if work.has("corpus"):
+        if work.has("corpus") or "tokenize" not in self._todo:  # without either there is nothing to go on from
             return {
                 entry["name"]: self._read(entry["name"], entry["prefix"]) for entry in work.facts("corpus")["corpora"]
             }
