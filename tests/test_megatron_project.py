@@ -339,6 +339,11 @@ def test_an_index_is_taken_over_if_its_codes_are_the_embeddings(small, work, tmp
     if "IVF" in factory:
         with pytest.raises(UserError, match=r"holds the row \d+, the database has 9 chunks"):
             ProjectIndex(path, rows[:9])
+        index = faiss.read_index(str(path))
+        faiss.extract_index_ivf(index).add_with_ids(np.zeros((1, faiss.extract_index_ivf(index).d), np.float32), [-3])
+        faiss.write_index(index, str(path))
+        with pytest.raises(UserError, match=r"holds the row -3, the database has"):
+            ProjectIndex(path, rows)
 
 
 # ------------------------------------------------------------------------------------------------ use and refusal
@@ -434,6 +439,11 @@ def test_rows_of_other_corpora_and_databases_are_refused(small, work, tmp_path):
     dataset(DATABASE, "chunks", np.array([[0, 0, 0, 5, 5], [0, 99, 0, 5, 5]]))(project)
     with pytest.raises(UserError, match=r"train\.hdf5 row 1 is corpus 0 sequence 99"):
         DatabaseRows(Project(project), places, C)
+    config(retro_neighbor_dirs=None)(project)
+    dataset(DATABASE, "chunks", small.chunks)(project)
+    rows, counts = Reader(Project(project), places, table, OpenIndex.open(work).database).read()
+    assert len(rows) == 0 and set(counts.values()) == {0}  # it was never queried
+    project = shutil.copytree(small.path, tmp_path / "again")
     dataset(DATABASE, "chunks", small.chunks[:5])(project)
     with pytest.raises(UserError, match=r"row 0 holds the neighbor \d+, the database has 5 chunks"):
         Reader(Project(project), places, table, OpenIndex.open(work).database).read()

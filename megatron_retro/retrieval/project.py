@@ -73,7 +73,7 @@ class Project:
             self.samples = _samples(values)
             self._directories = {split: (values["retro_neighbor_dirs"] or {}).get(split) for split in SPLITS}
             self._tokenizer = {name: values.get(f"retro_gpt_{name}") for name in _TOKENIZER_FILES}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise UserError(
                 f"{_FLAG}: {file} is no RETRO project's ({reason}); give a project of Megatron-LM"

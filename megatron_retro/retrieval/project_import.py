@@ -209,7 +209,7 @@ class Reader:
 
     def read(self) -> tuple[np.ndarray, dict[str, int]]:
         """([m, 1 + K] int64: a chunk and its neighbors, -1 for none, ascending by chunk; what was counted)."""
-        held: list[np.ndarray] = []
+        held = [np.empty((0, 1), np.int64)]
         orders = {split: self._project.blocks(split) for split in SPLITS}
         total = sum(blocks[-1].end for blocks in orders.values() if blocks)
         with Progress("project neighbors", total, "windows") as progress:
@@ -219,7 +219,7 @@ class Reader:
                     assert order
                     held.append(self._read_block(block, order.windows(block.begin, block.end)))
                     progress.advance(block.end - block.begin)
-        width = max((rows.shape[1] for rows in held), default=1)
+        width = max(rows.shape[1] for rows in held)
         rows = np.concatenate([np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=-1) for rows in held])
         _, first = np.unique(rows[:, 0], return_index=True)  # a later epoch asked again
         return rows[first], {name: self.counts[name] for name in _COUNTED} | {"chunks": len(first)}

@@ -41,11 +41,10 @@ class ProjectIndex:
         self.path, self.factory, self._chunk_of_row = path, path.parent.name, chunk_of_row
         self._index = read_index(path, None, mapped=True)
         self._lists = inverted_lists(self._index)
-        if self._lists is not None and (
-            largest := max((ids.max() for _, ids, _ in self._entries()), default=-1)
-        ) >= len(chunk_of_row):
+        ends = [] if self._lists is None else [end for _, ids, _ in self._entries() for end in (ids.min(), ids.max())]
+        if wrong := [end for end in ends if not 0 <= end < len(chunk_of_row)]:
             raise UserError(
-                f"--retro-project-dir: {path} holds the row {largest}, the database has {len(chunk_of_row)} chunks; "
+                f"--retro-project-dir: {path} holds the row {wrong[0]}, the database has {len(chunk_of_row)} chunks; "
                 "restore it, or the db/ it was made with"
             )
 
