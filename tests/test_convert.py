@@ -123,6 +123,7 @@ def test_what_does_not_fit_is_told_by_every_program(
         ([*run, "--retro-fit-from", damaged], f"checkpoint file {file} was", 2),
         ([*run, "--retro-fit-from", broken], f"--retro-fit-from {broken}: {wrong}", 2),
         ([*convert, "--load", broken, "--save", save], f"--load {broken}: {wrong}", 1),
+        ([*convert, "--load", llama, "--save", save], "WORLD_SIZE is 2; a conversion is the work of one process", 2),
         ([*run, "--retro-fit-from", tmp_path], "holds no model", 1),
         ([*run, "--retro-fit-from", tmp_path / "none"], "no such directory", 1),
         ([*run, "--retro-freeze-decoder"], "--retro-freeze-decoder needs", 1),

@@ -340,7 +340,8 @@ def test_an_index_is_taken_over_if_its_codes_are_the_embeddings(small, work, tmp
         with pytest.raises(UserError, match=r"holds the row \d+, the database has 9 chunks"):
             ProjectIndex(path, rows[:9])
         index = faiss.read_index(str(path))
-        faiss.extract_index_ivf(index).add_with_ids(np.zeros((1, faiss.extract_index_ivf(index).d), np.float32), [-3])
+        lists = faiss.extract_index_ivf(index)
+        lists.add_with_ids(np.zeros((1, lists.d), np.float32), np.array([-3]))
         faiss.write_index(index, str(path))
         with pytest.raises(UserError, match=r"holds the row -3, the database has"):
             ProjectIndex(path, rows)
