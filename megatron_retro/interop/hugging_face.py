@@ -14,6 +14,7 @@ from megatron_retro.interop.families import Config, Mapped, family_of
 from megatron_retro.reading import parse_json, read_text
 from megatron_retro.storage import fingerprint
 from megatron_retro.training.checkpoint import shape_of, weight_flags
+from megatron_retro.training.fit import Source
 
 PROBES = (
     "The quick brown fox jumps over 13 lazy dogs, doesn't it?",
@@ -22,7 +23,7 @@ PROBES = (
 )
 
 
-class HuggingFaceDirectory:
+class HuggingFaceDirectory(Source):
     """A GPT of one of the families; see `fit.Source`.
 
     Raises:
@@ -46,9 +47,6 @@ class HuggingFaceDirectory:
     @functools.cached_property
     def _stored(self) -> "TensorFiles":
         return TensorFiles(self.path, self._family.prefix)
-
-    def verify(self) -> None:
-        """It has no fingerprints."""
 
     def names(self) -> list[str]:
         wanted = {name for mapped in self._mapped.values() for name in mapped.theirs}

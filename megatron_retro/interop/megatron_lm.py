@@ -21,6 +21,7 @@ from megatron_retro.interop.hugging_face import check_same_ids
 from megatron_retro.interop.megatron_lm_args import Args, flags_of
 from megatron_retro.interop.saved import Stored
 from megatron_retro.training.checkpoint import weight_flags
+from megatron_retro.training.fit import Source
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _SHARD = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?")
@@ -63,7 +64,7 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 _FROM_DECODER = "decoder.encoder."  # + embedding…: Megatron-LM's encoder had none of its own
 
 
-class MegatronCheckpoint:
+class MegatronCheckpoint(Source):
     """A GPT or RETRO of Megatron-LM; see `fit.Source`.
 
     Args:
@@ -108,14 +109,8 @@ class MegatronCheckpoint:
         self.vocab_size = self.shape(_EMBEDDING)[0]
         self.kind = f"checkpoint of Megatron-LM (TP {self._tensor_ranks}, PP {self._stages})"
 
-    def verify(self) -> None:
-        """It has no fingerprints."""
-
     def names(self) -> list[str]:
         return list(self._weights)
-
-    def called(self, name: str) -> str:
-        return name
 
     def left_out(self) -> list[str]:
         theirs = {name for shard in self._shards.values() for name in shard.weights if _NO_WEIGHTS.search(name)}

@@ -16,11 +16,12 @@ from megatron_retro.errors import UserError
 from megatron_retro.interop.families import Config
 from megatron_retro.interop.hugging_face import TensorFiles, check_same_ids
 from megatron_retro.training import checkpoint, checkpoint_files
+from megatron_retro.training.fit import Source
 
 RETRO_TYPE = "retro_megatron"  # `model_type` of an exported RETRO
 
 
-class OwnCheckpoint:
+class OwnCheckpoint(Source):
     """A GPT or RETRO that was trained here; see `fit.Source`."""
 
     kind = "checkpoint"
@@ -44,12 +45,6 @@ class OwnCheckpoint:
     def names(self) -> list[str]:
         return list(self._stored.shapes)
 
-    def called(self, name: str) -> str:
-        return name
-
-    def left_out(self) -> list[str]:
-        return []
-
     def shape(self, name: str) -> tuple[int, ...]:
         return self._stored.shapes[name]
 
@@ -64,7 +59,7 @@ class OwnCheckpoint:
             )
 
 
-class ExportedRetro:
+class ExportedRetro(Source):
     """A RETRO that `tools/convert_checkpoint.py` exported, or that was trained on as such; see `fit.Source`.
 
     Its `config.json` holds our flags, its tensors have our names.
@@ -87,17 +82,8 @@ class ExportedRetro:
     def _stored(self) -> TensorFiles:
         return TensorFiles(self.path)
 
-    def verify(self) -> None:
-        """It has no fingerprints."""
-
     def names(self) -> list[str]:
         return sorted(self._stored.names())
-
-    def called(self, name: str) -> str:
-        return name
-
-    def left_out(self) -> list[str]:
-        return []
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._stored.shape(name)

@@ -45,11 +45,12 @@ class Source(Protocol):
     chunk_length: int | None
 
     def verify(self) -> None:
-        """Compare its files with fingerprints, where it has some; ranks share the reading, all call it.
+        """Compare its files with fingerprints, by default it has none; ranks share the reading, all call it.
 
         Raises:
             UserError: a file is not what it was.
         """
+        return
 
     def names(self) -> list[str]:
         """Our names of its weights.
@@ -59,10 +60,12 @@ class Source(Protocol):
         """
 
     def called(self, name: str) -> str:
-        """Its own names of what is one of our tensors."""
+        """Its own names of what is one of our tensors; by default it has ours."""
+        return name
 
     def left_out(self) -> list[str]:
-        """Its own names of tensors that are no weights."""
+        """Its own names of tensors that are no weights; by default there are none."""
+        return []
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, in the layout of one tensor-parallel rank."""
