@@ -19,15 +19,18 @@ def main() -> None:
     source: Any = None
 
     def with_shape(given: dict[str, Any]) -> dict[str, Any]:
-        """The flags of the model to start from, where one is named."""
+        """The flags of the model to start from, where one is named; of the checkpoint, where the run goes on."""
         nonlocal source
         if not given.get("retro_fit_from"):
             return given
-        from megatron_retro.interop.source import open_source
+        from megatron_retro.interop.source import is_own_checkpoint, open_source
         from megatron_retro.training.fit import adopt
 
-        source = open_source("--retro-fit-from", given["retro_fit_from"], given.get("trust_pickle", False))
-        return adopt(given, source)
+        flag, directory = "--retro-fit-from", given["retro_fit_from"]
+        if given.get("load") and is_own_checkpoint(given["load"]):
+            flag, directory = "--load", given["load"]
+        source = open_source(flag, directory, given.get("trust_pickle", False))
+        return adopt(given, source, flag)
 
     config = parse(PretrainConfig, description=(__doc__ or "").splitlines()[0], complete=with_shape)
     # What needs torch is imported when the flags are known to be right.

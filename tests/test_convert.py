@@ -14,7 +14,7 @@ from megatron_retro.data.tokenizer import Tokenizer
 from megatron_retro.interop.own import OwnCheckpoint
 from megatron_retro.interop.source import open_source
 from megatron_retro.training import checkpoint_files
-from megatron_retro.training.fit import is_retrieval
+from megatron_retro.training.fit import BY_TOKEN, is_retrieval
 
 RUN = (
     "--retro-add-retriever --retro-layers 2,4 --seq-length 256 --train-iters 4 --log-interval 1 --eval-iters 0".split()
@@ -75,6 +75,7 @@ def test_training_starts_from_either_form_and_resumes(
     assert "from Hugging Face model" in told and "new, not in it" in told
     again = [*run, "--retro-fit-from", converted, "--save", two, "--load", two]
     run_forked(*again, "--exit-interval", "2")
+    again = [*again[:-5], tmp_path / "moved away", *again[-4:]]  # what the run began with is not needed any more
     told = run_forked(*again, "--tensor-model-parallel-size", "2", "--use-distributed-optimizer", ranks=2, expect=2)
     assert "--use-distributed-optimizer" in told
     told = run_forked(*again, "--tensor-model-parallel-size", "2", ranks=2)
@@ -104,6 +105,22 @@ def test_a_model_of_here_is_a_beginning_too(trained: pathlib.Path, small_work: p
     assert "--retro-layers is 2, --retro-fit-from" in told and "has 2,4" in told
 
 
+def test_a_round_trip_comes_back_to_its_work_dir(trained: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """The exported tokenizer has another form, and the same ids."""
+    convert = "tools/convert_checkpoint.py"
+    run_forked(convert, "--load", trained, "--save", tmp_path / "half", "--bf16")
+    run_forked(convert, "--load", trained, "--save", tmp_path / "exported")
+    run_forked(convert, "--load", tmp_path / "exported", "--save", tmp_path / "back")
+    source, back = (OwnCheckpoint(checkpoint_files.complete(save)[0]) for save in (trained, tmp_path / "back"))
+    assert back.state.tokenizer_digest == source.state.tokenizer_digest and back.flags == source.flags
+    for name in source.names():
+        before, after = source.tensor(name), back.tensor(name)
+        known = Tokenizer.open(tmp_path / "exported" / "tokenizer.json").vocab_size if name in BY_TOKEN else None
+        assert torch.equal(before[:known], after[:known]), name
+    half = open_source("--load", str(tmp_path / "half"))
+    assert {half.tensor(name).dtype for name in half.names()} == {torch.bfloat16}
+
+
 def test_what_does_not_fit_is_told_by_every_program(
     llama: pathlib.Path, converted: pathlib.Path, small_work: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -129,6 +146,7 @@ def test_what_does_not_fit_is_told_by_every_program(
         ([*run, "--retro-freeze-decoder"], "--retro-freeze-decoder needs", 1),
         (["tools/convert_checkpoint.py", "--load", llama, "--save", save], "holds no tokenizer.json", 1),
         ([*convert, "--load", llama, "--save", converted], "holds checkpoints already", 1),
+        ([*convert, "--load", llama, "--save", llama], "holds a Hugging Face model", 1),
     ):
         output = run_forked(*command, ranks=ranks, expect=2)
         assert told in output and "Traceback" not in output, output

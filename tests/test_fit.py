@@ -132,6 +132,16 @@ DAMAGE: dict[str, tuple[str, Callable[[dict, dict], Any], str]] = {
         lambda tensors, config: config.update(hidden_size=64),
         r"tensor gpt_neox.embed_in.weight is \[97, 32\], by the model's flags it is \[97, 64\]",
     ),
+    "no numbers": (
+        "llama",
+        lambda tensors, config: take(tensors, "model.norm.weight", lambda x: x.log() - torch.inf),
+        "tensor model.norm.weight of float32 holds what is no finite number",
+    ),
+    "quantized": (
+        "llama",
+        lambda tensors, config: take(tensors, "model.norm.weight", lambda x: x.to(torch.int8)),
+        "tensor model.norm.weight of int8 holds what is no finite number, or none without a scale",
+    ),
     "family": ("llama", lambda tensors, config: config.update(model_type="mamba"), "model_type 'mamba' is none of"),
     "activation": (
         "llama",

@@ -4,6 +4,8 @@ import dataclasses
 
 from megatron_retro.config.flags import at_least, flag, required
 
+DEFAULT_CHUNK_LENGTH = 64
+
 
 @dataclasses.dataclass
 class ConversionConfig:
@@ -16,7 +18,9 @@ class ConversionConfig:
         None, "where to: checkpoints of this project from a foreign model, a Hugging Face directory from one of its own"
     )
     tokenizer_model: str | None = flag(None, "the model's tokenizer", show="the one beside the weights")
-    retro_chunk_length: int = flag(64, "tokens a chunk of the work dirs that a GPT will be evaluated on")
+    retro_chunk_length: int | None = flag(
+        None, "tokens a chunk of the work dirs that a GPT will be evaluated on", show=str(DEFAULT_CHUNK_LENGTH)
+    )
     trust_pickle: bool = flag(False, "read a checkpoint of Megatron-LM's .pt files")
     bf16: bool = flag(False, "store weights in bfloat16; without it fp32")
 

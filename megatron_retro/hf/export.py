@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import huggingface_hub
+import torch
 import transformers
 from torch import Tensor
 
 from megatron_retro.config.conversion import ConversionConfig
 from megatron_retro.config.model import ModelConfig
 from megatron_retro.config.model import RetroConfig as RetroFlags
-from megatron_retro.data.tokenizer import Tokenizer
+from megatron_retro.data.tokenizer import Tokenizer, tokenizer_file
 from megatron_retro.errors import UserError
 from megatron_retro.hf import RetroConfig, RetroForCausalLM, stock
 from megatron_retro.hf.configuration import flag_names
@@ -44,6 +45,8 @@ def export(given: ConversionConfig) -> None:
     if save.exists() and (not save.is_dir() or any(save.iterdir())):
         raise UserError(f"--save {save} is there already; give a new directory")
     check_writable("--save", save.absolute().parent)
+    if given.retro_chunk_length:
+        raise UserError("--retro-chunk-length is for models that become checkpoints; this one is a checkpoint already")
     source = OwnCheckpoint(path)
     file = _tokenizer_file(given.tokenizer_model, source)
     digest = digest_of_tokenizer(describe_tokenizer(file), file)
@@ -52,7 +55,7 @@ def export(given: ConversionConfig) -> None:
     retro = shape.retro if shape.retro.retro_add_retriever else None
     tokenizer = Tokenizer.open(file)
     config = _config(shape.model, retro, tokenizer, source.state.chunk_length, digest)
-    weights = _weights(source, tokenizer.vocab_size)
+    weights = _weights(source, tokenizer.vocab_size, torch.bfloat16 if given.bf16 else None)
     tensors = dict(weights) if retro else stock.tensors_of(shape.model, weights)
     with replacing(save) as temporary:
         temporary.mkdir()
@@ -67,7 +70,7 @@ def export(given: ConversionConfig) -> None:
 
 def _tokenizer_file(given: str | None, source: OwnCheckpoint) -> pathlib.Path:
     if given:
-        return pathlib.Path(given)
+        return tokenizer_file(pathlib.Path(given))
     if not (work_dir := source.state.config.get("retro_work_dir")):
         raise UserError(f"the checkpoint {source.path} names no work dir; give its tokenizer as --tokenizer-model FILE")
     try:
@@ -77,10 +80,10 @@ def _tokenizer_file(given: str | None, source: OwnCheckpoint) -> pathlib.Path:
     return work.path / work.facts("tokenizer")["file"]
 
 
-def _weights(source: OwnCheckpoint, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
-    """Our name and values of each weight, without the rows of no token."""
+def _weights(source: OwnCheckpoint, vocab_size: int, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Our name and values of each weight, without the rows of no token; with no dtype in that of the checkpoint."""
     for name in source.names():
-        tensor = source.tensor(name)
+        tensor = source.tensor(name).to(dtype)
         yield name, tensor[:vocab_size].clone() if name in BY_TOKEN else tensor
 
 
@@ -88,13 +91,12 @@ def _config(
     model: ModelConfig, retro: RetroFlags | None, tokenizer: Tokenizer, chunk_length: int, digest: str
 ) -> transformers.PreTrainedConfig:
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.pad}
-    given: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, **ids}
+    given: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "tokenizer_digest": digest, **ids}
     if retro is None:
         return stock.config_of(model, **given)
     values = {**vars(model), **vars(retro)}
     return RetroConfig(
         retro_chunk_length=chunk_length,
-        tokenizer_digest=digest,
         **given,
         **{name: value for name, value in values.items() if name in flag_names()},
     )

@@ -4,9 +4,10 @@ import pathlib
 
 from megatron_retro import mcore
 from megatron_retro.config import flags
-from megatron_retro.config.conversion import ConvertConfig
+from megatron_retro.config.conversion import DEFAULT_CHUNK_LENGTH, ConvertConfig
 from megatron_retro.config.parallel import TrainingParallelConfig
 from megatron_retro.config.training import PretrainConfig
+from megatron_retro.data.tokenizer import tokenizer_file
 from megatron_retro.errors import UserError
 from megatron_retro.interop.own import OwnCheckpoint
 from megatron_retro.interop.source import open_source
@@ -32,8 +33,11 @@ def convert(config: ConvertConfig) -> None:
     save = pathlib.Path(given.save)
     if there := checkpoint_files.complete(save):
         raise UserError(f"--save {save} holds checkpoints already, up to {there[0].name}; give another directory")
+    if (save / "config.json").exists():
+        raise UserError(f"--save {save} holds a Hugging Face model; give another directory")
     check_writable("--save", save)
-    tokenizer = pathlib.Path(given.tokenizer_model) if given.tokenizer_model else source.tokenizer_file()
+    asked = given.tokenizer_model
+    tokenizer = tokenizer_file(pathlib.Path(asked)) if asked else source.tokenizer_file()
     if tokenizer is None:
         raise UserError(f"--load {given.load} holds no tokenizer.json or tokenizer.model; give --tokenizer-model")
     facts = describe_tokenizer(tokenizer)
@@ -44,13 +48,23 @@ def convert(config: ConvertConfig) -> None:
         )
     digest = digest_of_tokenizer(facts, tokenizer)
     source.check_tokenizer(digest, tokenizer)
+    if not asked and source.tokenizer_digest:
+        digest = source.tokenizer_digest  # an export writes the same ids in another form
+    if given.retro_chunk_length and source.chunk_length not in (None, given.retro_chunk_length):
+        raise UserError(
+            f"--retro-chunk-length is {given.retro_chunk_length}, --load {given.load} reads chunks of "
+            f"{source.chunk_length}; leave the flag out"
+        )
     run = PretrainConfig(parallel=TrainingParallelConfig(bf16=given.bf16))
-    shape = checkpoint.shape_of({**source.flags, "seq_length": source.max_positions})
+    positions = min(source.max_positions, source.longest or source.max_positions)
+    if positions < source.max_positions:
+        print(f"{positions} positions, its sliding window, of {source.max_positions}")
+    shape = checkpoint.shape_of({**source.flags, "seq_length": positions})
     run.model, run.retro = shape.model, shape.retro
     run.retro.retro_work_dir = None
 
     mcore.initialize()
-    chunk_length = source.chunk_length or given.retro_chunk_length
+    chunk_length = source.chunk_length or given.retro_chunk_length or DEFAULT_CHUNK_LENGTH
     vocab_size = padded_vocab_size(source.vocab_size, run.model.make_vocab_size_divisible_by, 1)
     stages = make_stages(run.model, run.active_retro, run.parallel, vocab_size, chunk_length, run.data.seed)
     for line in fit(stages, source, "--load").lines(source):

@@ -35,6 +35,7 @@ class HuggingFaceDirectory(Source):
 
     def __init__(self, path: pathlib.Path):
         config = Config.read(path)
+        config.only("quantization_config", None, otherwise=None)
         self.path, self._family = path, family_of(config)
         flags = {**self._family.flags(config), "retro_add_retriever": False}
         self.max_positions: int = flags["max_position_embeddings"]
@@ -42,6 +43,7 @@ class HuggingFaceDirectory(Source):
         self._model = shape_of({**flags, "seq_length": self.max_positions}).model
         self.flags: dict[str, Any] = weight_flags(flags)
         self.vocab_size = config.whole("vocab_size")
+        self.tokenizer_digest = config.get("tokenizer_digest")  # where it was exported here
         self._mapped = {mapped.ours: mapped for mapped in self._family.tensors(self._model)}
 
     @functools.cached_property

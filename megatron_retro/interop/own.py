@@ -31,6 +31,9 @@ class OwnCheckpoint(Source):
         shape = checkpoint.shape_of(self.state.config)
         self.flags: dict[str, Any] = checkpoint.weight_flags(flags.to_dict(shape))
         self.longest: int | None = self.flags.get("max_position_embeddings")
+        if not self.state.data_digest:  # converted, and what it was up to there
+            self.longest = shape.model.max_position_embeddings
+        self.tokenizer_digest = self.state.tokenizer_digest
         self.vocab_size = self.state.vocab_size
         reads = self.flags["retro_add_retriever"]
         self.chunk_length: int | None = self.state.chunk_length if reads else None
@@ -70,7 +73,7 @@ class ExportedRetro(Source):
     def __init__(self, path: pathlib.Path):
         config = Config.read(path)
         self.path: pathlib.Path = path
-        self._config = config
+        self.tokenizer_digest = config.get("tokenizer_digest")
         shape = checkpoint.shape_of(config.values)
         self.flags: dict[str, Any] = checkpoint.weight_flags(flags.to_dict(shape))
         self.longest: int | None = self.flags.get("max_position_embeddings")
@@ -95,5 +98,5 @@ class ExportedRetro(Source):
         return tokenizer_in(self.path)
 
     def check_tokenizer(self, digest: str, file: pathlib.Path) -> None:
-        if digest != self._config.get("tokenizer_digest") and (own := self.tokenizer_file()):
+        if digest != self.tokenizer_digest and (own := self.tokenizer_file()):
             check_same_ids(own, file)

@@ -24,6 +24,8 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 _ENCODER_EMBEDDING = f"decoder.encoder.{_EMBEDDING}"
 BY_TOKEN = (_EMBEDDING, _ENCODER_EMBEDDING, "output_layer.weight")  # a row a token
 
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # others are weights with a scale elsewhere
+
 
 class Source(Protocol):
     """A model on disk.
@@ -35,8 +37,10 @@ class Source(Protocol):
         longest: positions up to which it is what these flags compute; None for any number.
         vocab_size: rows of its embedding.
         chunk_length: C; None where it does not matter to the weights.
+        tokenizer_digest: of the tokenizer that it was trained with here; None where it was not.
     """
 
+    tokenizer_digest: str | None = None
     path: pathlib.Path
     kind: str
     flags: dict[str, Any]
@@ -105,11 +109,12 @@ class Fitted:
         return told
 
 
-def adopt(given: dict[str, Any], source: Source) -> dict[str, Any]:
+def adopt(given: dict[str, Any], source: Source, flag: str = "--retro-fit-from") -> dict[str, Any]:
     """Flags with the model's shape as the source has it.
 
     Args:
         given: flags that the user gave.
+        flag: that names the source, for messages.
 
     Raises:
         UserError: one of them is not the source's; names it and both values.
@@ -119,9 +124,7 @@ def adopt(given: dict[str, Any], source: Source) -> dict[str, Any]:
         if name == "retro_add_retriever" and not value:
             continue  # a GPT may become a RETRO
         if name in given and given[name] != value and str(given[name]) != str(value):
-            raise UserError(
-                f"{flag_name(name)} is {given[name]}, --retro-fit-from {source.path} has {value}; leave the flag out"
-            )
+            raise UserError(f"{flag_name(name)} is {given[name]}, {flag} {source.path} has {value}; leave the flag out")
         adopted[name] = value
     return adopted
 
@@ -200,6 +203,11 @@ def _copy(parameters: dict[str, Tensor], theirs: set[str], source: Source, where
                 f"it is {[known, *others]}; take the files that belong together"
             )
         whole = source.tensor(of_source)
+        if whole.dtype not in _DTYPES or not whole.isfinite().all():
+            raise UserError(
+                f"{where}: tensor {source.called(of_source)} of {str(whole.dtype).removeprefix('torch.')} holds what "
+                "is no finite number, or none without a scale; take a model in fp32, fp16 or bf16"
+            )
         if known < rows:
             whole = torch.cat([whole, whole.mean(0, dtype=torch.float32).to(whole.dtype).expand(rows - known, -1)])
         weight.copy_(_shard(whole, weight, ranks, gated))
