@@ -142,6 +142,7 @@ def test_what_does_not_fit_is_told_by_every_program(
         ([*convert, "--load", broken, "--save", save], f"--load {broken}: {wrong}", 1),
         ([*convert, "--load", llama, "--save", save], "WORLD_SIZE is 2; a conversion is the work of one process", 2),
         ([*run, "--retro-fit-from", tmp_path], "holds no model", 1),
+        ([*convert, "--load", converted / "iter_0000000", "--save", save], "give the directory above it", 1),
         ([*run, "--retro-fit-from", tmp_path / "none"], "no such directory", 1),
         ([*run, "--retro-freeze-decoder"], "--retro-freeze-decoder needs", 1),
         (["tools/convert_checkpoint.py", "--load", llama, "--save", save], "holds no tokenizer.json", 1),

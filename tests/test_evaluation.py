@@ -20,6 +20,7 @@ from test_generation import Library, lively_model
 from megatron_retro import mcore
 from megatron_retro.config.evaluation import EvaluateConfig
 from megatron_retro.config.flags import parse
+from megatron_retro.config.parallel import TrainingParallelConfig
 from megatron_retro.data.chunks import ChunkTable, Corpus
 from megatron_retro.data.questions import Question, filled, filler, read_questions
 from megatron_retro.data.samples import Samples
@@ -35,6 +36,7 @@ from megatron_retro.evaluation.other import OtherDatabase
 from megatron_retro.evaluation.questions import ask
 from megatron_retro.evaluation.report import render
 from megatron_retro.evaluation.scoring import Row, Scorer, windows
+from megatron_retro.inference.loading import load_trained
 from megatron_retro.inference.reader import GivenReader
 from megatron_retro.inference.writer import Choice, Writer
 from megatron_retro.model.model import RetroModel
@@ -294,6 +296,7 @@ def test_questions_end_with_a_chunk() -> None:
         (b'{"question": "\\ud800", "answers": ["y"]}', ":1: .*surrogates not allowed"),
         (b'{"question": "x", "answers": []}', '"answers" is no list of texts'),
         (b'{"question": "x", "answers": "y"}', '"answers" is no list of texts'),
+        (b'{"question": "x", "answers": ["y", " "]}', '"answers" holds an empty text'),
         (b'{"question": "x", "answers": ["y"], "ctxs": "z"}', '"ctxs" is no list'),
         (b'{"question": "x", "answers": ["y"], "ctxs": [3]}', '"ctxs" holds what is neither text nor'),
     ],
@@ -303,6 +306,12 @@ def test_question_files_that_cannot_be(tmp_path: pathlib.Path, content: bytes | 
         (tmp_path / "q.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_questions(tmp_path / "q.jsonl")
+
+
+def test_a_hugging_face_directory_is_no_checkpoint(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").touch()
+    with pytest.raises(UserError, match=r"holds no checkpoint; tools/convert_checkpoint\.py makes one"):
+        load_trained(str(tmp_path), TrainingParallelConfig())
 
 
 # ------------------------------------------------------------------------------------------------ given tokens

@@ -216,6 +216,8 @@ def test_generation_equals_the_tools(trained: pathlib.Path, small_work: pathlib.
     assert without != texts
     with pytest.raises(UserError, match="--retro-num-neighbors"):
         megatron_retro.hf.Retriever(small_work, 1000)
+    with pytest.raises(UserError, match="num_neighbors is 0"):
+        megatron_retro.hf.Retriever(small_work, 0)
 
 
 # ------------------------------------------------------------------------------------------------ tokenizers

@@ -72,7 +72,7 @@ def test_logits_loss_and_gradients_equal_retromodels(flags: dict[str, object]) -
     )
     (loss / mask.sum()).backward()
     theirs.train()
-    given = dict(neighbor_input_ids=neighbors[0][:, : L - 1], neighbor_lengths=neighbors[1][:, : L - 1])
+    given = dict(neighbor_input_ids=neighbors[0], neighbor_lengths=neighbors[1])
     theirs(tokens, labels=labels, **given).loss.backward()
     gradients = {name: weight.grad for name, weight in ours.named_parameters()}
     for name, weight in theirs.named_parameters():
@@ -218,8 +218,9 @@ def test_given_neighbors_are_those_of_the_prompt() -> None:
     ways = (all_neighbors(prompt), {}, dict(retriever=neighbors_of))
     kept = [model.generate(prompt, max_new_tokens=C - 2, do_sample=False, eos_token_id=None, **way) for way in ways]
     assert kept[0].tolist() == kept[2].tolist() != kept[1].tolist()
-    again = model.generate(prompt, max_new_tokens=C - 2, do_sample=False, eos_token_id=None, use_cache=False, **ways[0])
-    assert again.tolist() == kept[0].tolist()
+    given = dict(max_new_tokens=2 * C, do_sample=False, eos_token_id=None, **ways[0])  # chunks without neighbors too
+    again, cached = (model.generate(prompt, use_cache=use_cache, **given).tolist() for use_cache in (False, True))
+    assert again == cached and [row[: 3 * C - 1] for row in again] == kept[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -229,6 +230,10 @@ def test_given_neighbors_are_those_of_the_prompt() -> None:
         (dict(retriever=lambda chunks: (chunks, chunks)), r"the retriever returned \[4, 5\]"),
         (dict(retriever=neighbors_of, neighbor_input_ids=make_neighbors()[0]), "leave one out"),
         (dict(neighbor_input_ids=make_neighbors()[0][0]), r"is \[7, 3, 10\]"),
+        (dict(neighbor_input_ids=make_neighbors()[0]), "L = 7 chunks; .* these input_ids complete 2"),
+        (dict(neighbor_input_ids=make_neighbors()[0][:, :1]), "L = 1 chunks"),
+        (dict(neighbor_input_ids=make_neighbors()[0][:, :2, :, 1:]), "R = 9 tokens a neighbor; .* 2C = 10"),
+        (dict(retriever=lambda chunks: (torch.zeros(4, 1, 9), torch.zeros(4, 1))), "R = 2C = 10"),
         (dict(cache_implementation="static"), "cache_implementation is 'static'"),
     ],
     ids=str,
@@ -243,6 +248,12 @@ def test_what_does_not_fit_is_refused_in_a_line(given: dict[str, object], messag
             model(make_tokens(), retriever=neighbors_of)
         finally:
             del neighbors_of.tokenizer_digest
+    for tokens, mask in ((make_tokens(0), None), (make_tokens(C), torch.tensor([[1] * C, [0] * C]))):
+        with pytest.raises(UserError, match="a text is empty"):
+            model.generate(tokens, attention_mask=mask, max_new_tokens=1, pad_token_id=1)
+    cache = model(make_tokens(C - 1), use_cache=True).past_key_values
+    with pytest.raises(UserError, match=r"L = 2 chunks; .* complete 1,"):
+        model(make_tokens(C), past_key_values=cache, neighbor_input_ids=make_neighbors()[0][:, :2])
 
 
 # ------------------------------------------------------------------------------------------------ files

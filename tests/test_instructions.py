@@ -245,7 +245,7 @@ def test_both_forms_are_read(tmp_path: pathlib.Path) -> None:
         {"messages": [*messages, {"role": "assistant", "content": "So"}], "ctxs": ["y"]},
     ]
     path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n", encoding="utf-8-sig")
     first, second = read_conversations("--sft-data", path, "Q: {question}\nA:")
     assert first == Conversation([Turn("Q: What?\nA:", "This")], ["t\nx"], 1)
     assert second.turns == [Turn("Be brief.\nQ: Who?\nA:", "I"), Turn("Q: Why?\nA:", "So")] and second.ctxs == ["y"]
@@ -267,6 +267,10 @@ ROLES = ':2: the roles of "messages" are not'
         ({"messages": [{"role": "user"}, ASSISTANT]}, ":2: no key 'content'"),
         ({"messages": [{"role": "user", "content": ["x"]}, ASSISTANT]}, ':2: the "content" of a message is no text'),
         ({"messages": [USER, ASSISTANT], "ctxs": {"a": 1}}, ':2: "ctxs" is no list'),
+        ({"messages": [USER, {**ASSISTANT, "content": ""}]}, ':2: the "content" of a message is empty'),
+        ({"question": "x", "answers": [""]}, ':2: "answers" holds an empty text'),
+        ({"messages": [USER, ASSISTANT], "ctxs": ["a", ""]}, ':2: "ctxs" holds an empty text'),
+        ({"messages": [USER, ASSISTANT], "ctxs": [{"id": 3}]}, ':2: "ctxs" holds an empty text'),
         ([], ":2: it is no JSON object"),
     ],
 )
@@ -277,6 +281,12 @@ def test_lines_that_cannot_be(tmp_path: pathlib.Path, record: object, message: s
         read_conversations("--sft-data", path, QA_PROMPT)
 
 
+@pytest.mark.parametrize(("name", "message"), [("", "is a directory"), ("a.jsonl.gz", "is compressed")])
+def test_what_is_no_file_of_lines(tmp_path: pathlib.Path, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"{message}; give a file of JSON lines"):
+        read_conversations("--sft-data", tmp_path / name, QA_PROMPT)
+
+
 def test_files_may_have_weights(tmp_path: pathlib.Path) -> None:
     a, b = (str(tmp_path / name) for name in "ab")
     pathlib.Path(a).touch(), pathlib.Path(b).touch()
@@ -285,6 +295,9 @@ def test_files_may_have_weights(tmp_path: pathlib.Path) -> None:
     for wrong in ((a, "2", b), ("0", a), ("2",), ("c",), ("2", "c")):
         with pytest.raises(UserError, match="--sft-data"):
             weighted("--sft-data", wrong)
+    for directory in ((str(tmp_path),), ("2", str(tmp_path))):
+        with pytest.raises(UserError, match="is a directory; name its files"):
+            weighted("--sft-data", directory)
 
 
 # ------------------------------------------------------------------------------------------------ the program

@@ -89,6 +89,8 @@ def read_conversations(flag: str, path: pathlib.Path, template: str) -> list[Con
         turns, unanswered = dialog(record["messages"], template)
         if unanswered is not None:
             raise TypeError('"messages" do not end with an "assistant"')
+        if not all(message["content"].strip() for message in record["messages"] if message["role"] != "system"):
+            raise TypeError('the "content" of a message is empty')
         return Conversation(turns, _contexts(record), line)
 
     return _records(flag, path, "example", _CONVERSATION, read)
@@ -97,8 +99,12 @@ def read_conversations(flag: str, path: pathlib.Path, template: str) -> list[Con
 def _records(
     flag: str, path: pathlib.Path, kind: str, form: str, read: Callable[[dict[str, Any], int], Record]
 ) -> list[Record]:
+    if path.is_dir() or path.suffix in (".gz", ".zst"):
+        what = "a directory" if path.is_dir() else "compressed"
+        raise UserError(f"{flag} {path} is {what}; give a file of JSON lines, not compressed")
     records = []
-    for number, line in enumerate(read_text(f"{flag} {path}", path).split("\n"), 1):
+    text = read_text(f"{flag} {path}", path).removeprefix("\ufeff")  # a byte order mark is no text
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 record = parse_json(line)
@@ -120,6 +126,8 @@ def _question(record: dict[str, Any]) -> Question:
         raise TypeError('"question" is no text')
     if not (isinstance(expected, list) and expected and all(isinstance(one, str) for one in expected)):
         raise TypeError('"answers" is no list of texts')
+    if not all(one.strip() for one in expected):
+        raise TypeError('"answers" holds an empty text')
     return Question(question, expected, _contexts(record))
 
 
@@ -156,6 +164,8 @@ def _context(ctx: Any) -> str:
         ctx = "\n".join(str(ctx[key]) for key in ("title", "text") if ctx.get(key))
     if not isinstance(ctx, str):
         raise TypeError('"ctxs" holds what is neither text nor {"title", "text"}')
+    if not ctx.strip():
+        raise TypeError('"ctxs" holds an empty text, or an object without "title" and "text"')
     return ctx
 
 

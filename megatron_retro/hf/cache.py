@@ -88,6 +88,11 @@ class RetroCache(DynamicCache):
         self.key_mask = self.key_mask.index_copy(0, samples, key_mask)
         self.readable_B = self.readable_B.index_copy(0, samples, readable)
 
+    def show_nothing(self, samples: Tensor) -> None:
+        """From now on these texts read no neighbors."""
+        if self.readable_B is not None:
+            self.readable_B = self.readable_B.index_fill(0, samples, False)
+
     def read(self, layer: int, samples: Tensor | None, keys: Tensor, values: Tensor) -> None:
         """Keys and values [R·K, n, G, E] that a layer reads for these samples (None: all) from now on."""
         assert self.mask_BxP is not None

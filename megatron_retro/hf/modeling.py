@@ -510,7 +510,8 @@ class RetroForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, T] int64.
             attention_mask: [B, P + T], 0 where a position is padding; None where none is.
-            neighbor_input_ids: [B, L, K, R] int64 token ids of retrieved text; None turns retrieval off.
+            neighbor_input_ids: [B, L, K, R] int64 token ids of retrieved text, L the chunks that the longest text
+                completes here, R = 2C; None turns retrieval off.
             neighbor_lengths: [B, L, K] int64, number of tokens of each neighbor, 0 for none; None means R of each.
             retriever: finds the neighbors of the chunks that this call completes, in place of those two.
             past_key_values: what was kept of the P positions before.
@@ -562,9 +563,11 @@ class RetroForCausalLM(PreTrainedModel, GenerationMixin):
             seen = torch.ones_like(tokens_BxS, dtype=torch.bool) if mask_BxS is None else mask_BxS
             cache.see(tokens_BxS, seen, length)
         aligned = tokens_BxS if first_B is None else _shift(tokens_BxS.t(), first_B).t()
+        num_chunks = num_positions // length
+        if given is not None:
+            self._check_chunks(given, 0, num_positions, first_B, most=num_chunks)
         complete_BxL = torch.ones_like(aligned, dtype=torch.bool) if mask_BxS is None else mask_BxS
         complete_BxL = complete_BxL if first_B is None else _shift(complete_BxL.t(), first_B).t().bool()
-        num_chunks = num_positions // length
         chunks_BxLxC = aligned[:, : num_chunks * length].unflatten(1, (num_chunks, length)) if num_chunks else None
         if retriever is not None and chunks_BxLxC is not None:
             complete_BxL = complete_BxL[:, : num_chunks * length].unflatten(1, (num_chunks, length)).all(-1)
@@ -589,7 +592,11 @@ class RetroForCausalLM(PreTrainedModel, GenerationMixin):
         states: list[Tensor] = []
         assert cache.mask_BxP is not None and cache.tokens_BxC is not None
         mask_BxT = torch.ones_like(tokens_BxT, dtype=torch.bool) if mask_BxT is None else mask_BxT
-        self._check_length(cache.mask_BxP.shape[1] + tokens_BxT.shape[1] - int(cache.first_B.min()))
+        before = cache.mask_BxP.shape[1]
+        self._check_length(before + tokens_BxT.shape[1] - int(cache.first_B.min()))
+        if given is not None:
+            first_B = first_true(torch.cat([cache.mask_BxP, mask_BxT], 1))
+            self._check_chunks(given, before, tokens_BxT.shape[1], first_B)
         for column in range(tokens_BxT.shape[1]):
             cache.see(tokens_BxT[:, column, None], mask_BxT[:, column, None], length)
             ends = cache.mask_BxP.shape[1]
@@ -601,13 +608,15 @@ class RetroForCausalLM(PreTrainedModel, GenerationMixin):
                 found = None
                 if retriever is not None:
                     found = self._ask(retriever, cache.tokens_BxC[samples])
-                elif given is not None and max(slots[b] for b in completing) < given[0].shape[1]:
+                elif given is not None:
                     slot = torch.tensor([slots[b] for b in completing], device=samples.device)
                     found = given[0][samples, slot], given[1][samples, slot]
                 if found is not None:
                     hides = self.decoder.form.hides_padding
                     own = Neighbors.of(found[0][:, None], found[1][:, None], hides_padding=hides)
                     arrivals = Arrivals(samples, own)
+                else:
+                    cache.show_nothing(samples)
                 for b in completing:
                     slots[b] += 1
             positions = (ends - 1 - cache.first_B).clamp(min=0)[:, None]
@@ -628,13 +637,37 @@ class RetroForCausalLM(PreTrainedModel, GenerationMixin):
         if neighbor_ids is None:
             return None
         if lengths is None:
-            lengths = torch.full(neighbor_ids.shape[:-1], neighbor_ids.shape[-1], device=neighbor_ids.device)
+            lengths = _full_lengths(neighbor_ids)
         if neighbor_ids.dim() != 4 or lengths.shape != neighbor_ids.shape[:3] or len(neighbor_ids) != len(tokens):
             raise UserError(
                 f"neighbor_input_ids is {list(neighbor_ids.shape)} and neighbor_lengths {list(lengths.shape)} for "
                 f"{len(tokens)} texts; they are [B, L, K, R] and [B, L, K]"
             )
+        if neighbor_ids.shape[-1] != 2 * self.config.retro_chunk_length:
+            raise UserError(
+                f"neighbor_input_ids has R = {neighbor_ids.shape[-1]} tokens a neighbor; a chunk and its continuation "
+                f"have 2C = {2 * self.config.retro_chunk_length}, pad shorter ones and give neighbor_lengths"
+            )
         return neighbor_ids.to(tokens.device), lengths.to(tokens.device)
+
+    def _check_chunks(
+        self, given: tuple[Tensor, Tensor], before: int, new: int, first_B: Tensor | None, most: int = 0
+    ) -> None:
+        """Check that the neighbors given are those of the chunks that new positions complete.
+
+        Args:
+            before: positions before the new ones.
+            first_B: where each text begins; None where all do at 0.
+            most: how many chunks may be given if no text completes as many, for it is padded.
+        """
+        length, first_B = self.config.retro_chunk_length, torch.zeros(1) if first_B is None else first_B
+        ends_B, begins_B = (before + new - first_B).clamp(min=0), (before - first_B).clamp(min=0)
+        completed, found = int((ends_B // length - begins_B // length).max()), given[0].shape[1]
+        if not completed <= found <= max(completed, most):
+            raise UserError(
+                f"neighbor_input_ids has the neighbors of L = {found} chunks; with C = {length} tokens a chunk these "
+                f"input_ids complete {completed}, give the neighbors of each"
+            )
 
     def _check_retriever(self, retriever: Retrieves) -> None:
         digest = getattr(retriever, "tokenizer_digest", None)
@@ -664,10 +697,11 @@ class RetroForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _ask(self, retriever: Retrieves, chunks_nxC: Tensor) -> tuple[Tensor, Tensor]:
         tokens, lengths = retriever(chunks_nxC)
-        if tokens.dim() != 3 or tokens.shape[:2] != lengths.shape or len(tokens) != len(chunks_nxC):
+        width = 2 * self.config.retro_chunk_length
+        if tokens.dim() != 3 or tokens.shape != (*lengths.shape, width) or len(tokens) != len(chunks_nxC):
             raise UserError(
                 f"the retriever returned {list(tokens.shape)} and {list(lengths.shape)} for {len(chunks_nxC)} chunks; "
-                "it returns tokens [n, K, R] and their numbers [n, K]"
+                f"it returns tokens [n, K, R], R = 2C = {width}, and their numbers [n, K]"
             )
         return tokens.to(chunks_nxC.device), lengths.to(chunks_nxC.device)
 
@@ -686,9 +720,23 @@ class RetroForCausalLM(PreTrainedModel, GenerationMixin):
     # -------------------------------------------------------------------------------------------- generation
 
     def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs.get("is_first_iteration") and kwargs.get("past_key_values") is not None:
-            kwargs.update(neighbor_input_ids=None, neighbor_lengths=None)  # they were the prompt's
+        near, lengths = kwargs.get("neighbor_input_ids"), kwargs.get("neighbor_lengths")
+        if near is not None and not kwargs.get("is_first_iteration"):  # they were the prompt's
+            if kwargs.get("past_key_values") is not None:
+                near = lengths = None
+            else:
+                more = input_ids.shape[1] // self.config.retro_chunk_length - near.shape[1]
+                lengths = F.pad(_full_lengths(near) if lengths is None else lengths, (0, 0, 0, more))
+                near = F.pad(near, (0, 0, 0, 0, 0, more))
+            kwargs.update(neighbor_input_ids=near, neighbor_lengths=lengths)
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: Any) -> Any:
+        prepared = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)  # type: ignore[misc]
+        mask = prepared[2].get("attention_mask")
+        if not prepared[0].shape[1] or (mask is not None and not bool(mask.any(-1).all())):
+            raise UserError("a text is empty; give at least one token to go on from")
+        return prepared
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict, *args: Any
@@ -718,6 +766,11 @@ class RetroForCausalLM(PreTrainedModel, GenerationMixin):
         super()._validate_generated_length(generation_config, input_ids_length, *args)  # type: ignore[misc]
 
 
+def _full_lengths(neighbor_ids: Tensor) -> Tensor:
+    """Of neighbors that have all their tokens: [B, L, K, R] -> [B, L, K]."""
+    return torch.full(neighbor_ids.shape[:-1], neighbor_ids.shape[-1], device=neighbor_ids.device)
+
+
 def _of_chunks(
     tokens_BxLxKxR: Tensor,
     lengths_BxLxK: Tensor,
@@ -729,9 +782,9 @@ def _of_chunks(
     hides_padding: bool,
 ) -> Neighbors | None:
     """Those of `num_chunks` chunks of which each text may have some complete; None where none has a neighbor."""
-    missing = max(0, num_chunks - tokens_BxLxKxR.shape[1])
-    tokens = F.pad(tokens_BxLxKxR, (0, 0, 0, 0, 0, missing))[:, :num_chunks]
-    lengths = F.pad(lengths_BxLxK, (0, 0, 0, missing))[:, :num_chunks]
+    missing = num_chunks - tokens_BxLxKxR.shape[1]
+    tokens = F.pad(tokens_BxLxKxR, (0, 0, 0, 0, 0, missing))
+    lengths = F.pad(lengths_BxLxK, (0, 0, 0, missing))
     if first_B is not None:
         complete_B = (num_positions - first_B) // chunk_length
         lengths = lengths * (torch.arange(num_chunks, device=lengths.device) < complete_B[:, None])[..., None]

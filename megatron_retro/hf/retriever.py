@@ -19,7 +19,7 @@ class Retriever:
         tokenizer_digest: of the work dir's tokenizer.
 
     Raises:
-        UserError: the work dir is not complete, or K is more than it holds for a chunk.
+        UserError: the work dir is not complete, or K is less than 1 or more than it holds for a chunk.
     """
 
     def __init__(self, work_dir: str | os.PathLike, num_neighbors: int):
@@ -29,6 +29,8 @@ class Retriever:
         from megatron_retro.training.data import open_work_dir
         from megatron_retro.workdir import STAGES
 
+        if num_neighbors < 1:
+            raise UserError(f"num_neighbors is {num_neighbors}; give at least 1, or no retriever to read nothing")
         work = open_work_dir(str(work_dir))
         work.verify(STAGES)
         table = ChunkTable.open(work)

@@ -41,7 +41,9 @@ def load_trained(load: str, parallel: ParallelConfig) -> Trained:
     """
     path = checkpoint_files.find_sound(load)
     if path is None:
-        raise UserError(f"--load {load} holds no checkpoint")
+        is_hugging_face = (pathlib.Path(load) / "config.json").is_file()
+        way_out = "; tools/convert_checkpoint.py makes one of a Hugging Face directory" if is_hugging_face else ""
+        raise UserError(f"--load {load} holds no checkpoint{way_out}")
     state = checkpoint.read_state(path)
     model, retro = checkpoint.model_config_of(state)
     parallel.bf16 = parallel.bf16 or bool(state.config.get("bf16"))

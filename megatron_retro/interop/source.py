@@ -32,6 +32,8 @@ def open_source(
     if (path / "config.json").is_file():
         is_ours = Config.read(path).get("model_type") == RETRO_TYPE
         return ExportedRetro(path) if is_ours else HuggingFaceDirectory(path)
+    if path.absolute() in checkpoint_files.complete(path.absolute().parent):
+        raise UserError(f"{flag} {directory} is one of a directory's checkpoints; give the directory above it")
     raise UserError(
         f"{flag} {directory} holds no model: no checkpoint of this project (iter_…), no Hugging Face directory "
         "(config.json), and none of Megatron-LM's (mp_rank_00)"

@@ -104,15 +104,21 @@ def weighted(flag: str, items: tuple[str, ...]) -> list[tuple[float, pathlib.Pat
             try:
                 weight, file = float(item), next(rest, "")
             except ValueError:
-                raise UserError(f"{flag} {item}: no such file; give JSON lines") from None
+                raise UserError(f"{flag} {item}: {_no_file(item)}") from None
             if not 0 < weight < float("inf"):
                 raise UserError(f"{flag}: the weight {item} of {file or 'no file'} must be above 0")
             if not pathlib.Path(file).is_file():
-                raise UserError(f"{flag} {item} {file}: no such file; give JSON lines")
+                raise UserError(f"{flag} {item} {file}: {_no_file(file)}")
         pairs.append((weight, pathlib.Path(file)))
     if 0 < sum(weight == 0 for weight, _ in pairs) < len(pairs):
         raise UserError(f"{flag} gives a weight to some files only; give it to all or to none")
     return pairs
+
+
+def _no_file(path: str) -> str:
+    if pathlib.Path(path).is_dir():
+        return "is a directory; name its files of JSON lines one by one"
+    return "no such file; give JSON lines"
 
 
 def _encoded(
