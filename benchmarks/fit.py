@@ -4,7 +4,8 @@ python benchmarks/fit.py --output fit
 
 Two corpora, half of the tokens each: the standard library's sources, which take long to learn, and documents of random
 words that each have a copy in the database, which nothing but reading predicts. All models have the same shape; those
-that are fitted begin with the GPT's last weights, and take smaller batches.
+that are fitted begin with the GPT's last weights. Beside the longest stand a RETRO with the GPT's weights frozen, and
+the GPT itself, trained as much longer.
 """
 
 import argparse
@@ -24,41 +25,42 @@ EVALUATE = ROOT / "tools" / "evaluate_retro.py"
 
 WORDS = keyword.kwlist[-32:]
 COPIED, LENGTH = 1500, 120  # documents, words in each
-CHUNK, SAMPLE, BATCH, SMALL_BATCH = 16, 128, 16, 4
+CHUNK, SAMPLE, BATCH = 16, 128, 16
 MODEL = "--num-layers 4 --hidden-size 64 --num-attention-heads 2".split()
 READS = "--retro-add-retriever --retro-layers 2,4 --retro-num-neighbors 1".split()
-TRAIN = f"--seq-length {SAMPLE} --log-interval 50 --eval-iters 0 --data-path 0.5 sources 0.5 random".split()
+TRAIN = f"--micro-batch-size {BATCH} --seq-length {SAMPLE} --log-interval 50 --eval-iters 0".split()
+TRAIN += "--data-path 0.5 sources 0.5 random".split()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", required=True, type=pathlib.Path)
     parser.add_argument("--train-iters", type=int, default=4800, help="of the GPT, and of RETRO from the start")
-    parser.add_argument("--share", type=float, default=0.03, help="of their tokens that fitting takes")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.03, 0.1, 0.2], help="of them that fitting takes")
     parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--fit-lr", type=float, default=1e-2)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     work = build(args.output)
-    short = round(args.share * args.train_iters * BATCH / SMALL_BATCH)
-    fitted = ["--retro-fit-from", args.output / "gpt", "--seed", 4321, "--micro-batch-size", SMALL_BATCH]
-    fitted += ["--lr", args.fit_lr, "--lr-decay-style", "linear", "--train-iters", short]
-    long = [*MODEL, "--micro-batch-size", BATCH, "--lr", args.lr, "--train-iters", args.train_iters]
+    shape = [*MODEL, "--lr", args.lr, "--train-iters", args.train_iters]
+    runs: dict[str, list] = {"gpt": shape, "scratch": [*shape, *READS]}
+    updates = dict.fromkeys(runs, args.train_iters)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # a core each
-        first = {"gpt": long, "scratch": [*long, *READS]}
-        list(pool.map(lambda item: train(args.output, work, *item), first.items()))
-        later: dict[str, list] = {
-            "fitted": [*fitted, *READS],
-            "frozen": [*fitted, *READS, "--retro-freeze-decoder"],
-            "gpt-longer": fitted,
-        }
-        list(pool.map(lambda item: train(args.output, work, *item), later.items()))
-        asked = [(name, corpus) for name in (*first, *later) for corpus in ("random", "sources")]
+        list(pool.map(lambda name: train(args.output, work, name, runs[name]), runs))
+        begin = ["--retro-fit-from", args.output / "gpt", "--seed", 4321, "--lr", args.lr]
+        for share in args.shares:
+            updates[f"fitted-{100 * share:g}"] = round(share * args.train_iters)
+        for kind in ("frozen", "longer"):
+            updates[f"{kind}-{100 * share:g}"] = round(share * args.train_iters)
+        flags = {"fitted": READS, "frozen": [*READS, "--retro-freeze-decoder"], "longer": []}
+        for name in updates.keys() - runs.keys():
+            runs[name] = [*begin, *flags[name.split("-")[0]], "--train-iters", updates[name]]
+        list(pool.map(lambda name: train(args.output, work, name, runs[name]), runs))
+        asked = [(name, corpus) for name in updates for corpus in ("random", "sources")]
         modes = dict(zip(asked, pool.map(lambda one: evaluate(args.output, work, *one), asked), strict=True))
     columns = ["model", "tokens", *(f"{corpus}, {mode}" for corpus in ("random", "sources") for mode in MODES)]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for name in (*first, *later):
-        tokens = SAMPLE * (BATCH * args.train_iters if name in first else SMALL_BATCH * short)
+    for name in updates:
+        tokens = SAMPLE * BATCH * updates[name]
         figures = [told(modes[name, corpus].get(mode)) for corpus in ("random", "sources") for mode in MODES]
         print(f"| {name} | {tokens:,} | {' | '.join(figures)} |")
 
