@@ -69,11 +69,11 @@ MODES = ("on", "off", "random")
 
 
 def told(figures: dict | None) -> str:
-    """A loss with its interval."""
+    """A loss with its interval, where there are documents enough for one."""
     if figures is None:
         return ""
-    low, high = figures["loss_interval"]
-    return f"{figures['loss']:.3f} [{low:.3f}, {high:.3f}]"
+    interval = "[{:.3f}, {:.3f}]".format(*figures["loss_interval"]) if figures["loss_interval"] else ""
+    return f"{figures['loss']:.3f} {interval}".strip()
 
 
 def build(output: pathlib.Path) -> pathlib.Path:

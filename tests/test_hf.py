@@ -236,7 +236,7 @@ def test_given_neighbors_are_those_of_the_prompt() -> None:
         (dict(retriever=lambda chunks: (torch.zeros(4, 1, 9), torch.zeros(4, 1))), "R = 2C = 10"),
         (dict(cache_implementation="static"), "cache_implementation is 'static'"),
     ],
-    ids=str,
+    ids=lambda given: given if isinstance(given, str) else "",
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_a_line(given: dict[str, object], message: str) -> None:
     _, model = pair(**WORDY)
