@@ -46,7 +46,7 @@ def run(folder: pathlib.Path, case: str) -> dict:
     result: dict = {"copied": fitted.copied, "new": fitted.new, "logits": logits(model), "loss": []}
     optimizer = mcore.build_optimizer(model, lr=1e-2, weight_decay=0.1, clip_grad=1.0, adam_eps=1e-5)
     samples = parallel_tests.make_samples(hidden=False)
-    for step in range(3):
+    for step in range(2):
         update = train_step(model, optimizer, samples, step * 4 + np.arange(4), micro_batch_size=2)
         result["loss"] += [update.loss, update.grad_norm]
     changed = sorted(

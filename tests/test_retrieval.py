@@ -280,7 +280,7 @@ def test_shards_cover_the_database_once(small_work):
     ids = []
     for blocks in shards:
         index = faiss.IndexIDMap2(faiss.IndexFlatL2(384))
-        fill(index, blocks, embeddings, database, lambda num_chunks: None)
+        fill(index, blocks, embeddings, database, lambda num_chunks: None, np.zeros(0, np.int64))
         ids += faiss.vector_to_array(index.id_map).tolist()
     assert ids == all_chunks(database).tolist()
 
