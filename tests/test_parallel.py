@@ -17,7 +17,7 @@ SERIAL = ["1x1:2,4", "1x1xbf16:2,4", "1x1:3", "1x1xhidden:2,4"]
 TWO_RANKS = ["1x1:2,4", "2x1xselective:2,4", "2x1xSPxfull:2,4", "1x2:2,4", "1x2xbf16:2,4", "1x2xfull:3"]
 TWO_RANKS += ["1x2xVP2:2,4", "1x2xVP2:3", "1x2xEt|tttL:2,4", "1x1xreducexhidden:2,4", "1x1xsharded:2,4"]
 TWO_RANKS += ["1x1xselectivexshardedxreducexgather:2,4", "1x1xbf16xshardedxreducexgatherxreduce16:2,4"]
-FOUR_RANKS = ["2x2:2,4", "2x2xSPxselective:2,4", "2x2xSP:3", "2x1xSP:2,4", "1x2:2,4", "1x4:2,4"]
+FOUR_RANKS = ["2x2:2,4", "2x2xSPxselective:2,4", "2x2xSP:3", "1x4:2,4"]
 FOUR_RANKS += ["2x2xSPxVP2:2,4", "1x4xE|ttt|t|L:2,4", "1x2xVP2xshardedxreducexgather:2,4", "1x2xshardedxgather:3"]
 
 
