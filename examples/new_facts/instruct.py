@@ -21,8 +21,20 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from run import CHUNK, EVALUATE, PREPROCESS, PRETRAIN, add, call, train_tokenizer, wilson, write  # noqa: E402
-from world import ATTRIBUTES, Fact, facts, people  # noqa: E402
+from run import (  # noqa: E402
+    CHUNK,
+    EVALUATE,
+    PREPROCESS,
+    PRETRAIN,
+    add,
+    begin,
+    call,
+    make_parser,
+    train_tokenizer,
+    wilson,
+    write,
+)
+from world import ATTRIBUTES, Fact  # noqa: E402
 
 MODEL = f"--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length {8 * CHUNK}".split()
 RETRO = "--retro-add-retriever --retro-layers 2,4 --retro-num-neighbors 1".split()
@@ -33,19 +45,11 @@ PROMPT = ("--qa-prompt", "{question}")
 
 def main(arguments: list[str] | None = None) -> dict[str, tuple[float, float]]:
     """(exact match, F1) by case; `instruct.md` in the output directory shows them."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="directory for everything")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--people", type=int, default=600, help="in world A")
-    parser.add_argument("--new-people", type=int, default=60, help="in world B")
-    parser.add_argument("--pretrain-iters", type=int, default=100)
-    parser.add_argument("--train-iters", type=int, default=600, help="of tuning")
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("--pretrain-iters", type=int, default=100, help="before the --train-iters of tuning")
     args = parser.parse_args(arguments)
     directory: pathlib.Path = args.output
-    directory.mkdir(parents=True, exist_ok=True)
-    everyone = people(args.seed)
-    world_a = facts(everyone[: args.people], args.seed + 1)
-    world_b = facts(everyone[args.people : args.people + args.new_people], args.seed + 2)
+    world_a, world_b = begin(args)
     train_tokenizer(directory, world_a, world_b)
     write(directory / "statements.jsonl", (fact.stated() for fact in world_a))
     write(directory / "new.jsonl", (fact.stated() for fact in world_b))

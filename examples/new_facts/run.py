@@ -43,18 +43,9 @@ TRAIN = "--micro-batch-size 16 --lr 4e-3 --lr-warmup-iters 100 --log-interval 50
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """The share of right answers by case; `report.md` and `report.svg` in the output directory show it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="directory for everything")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--people", type=int, default=600, help="in world A")
-    parser.add_argument("--new-people", type=int, default=60, help="in world B")
-    parser.add_argument("--train-iters", type=int, default=600)
-    args = parser.parse_args(arguments)
+    args = make_parser(__doc__ or "").parse_args(arguments)
     directory: pathlib.Path = args.output
-    directory.mkdir(parents=True, exist_ok=True)
-    everyone = people(args.seed)
-    world_a = facts(everyone[: args.people], args.seed + 1)
-    world_b = facts(everyone[args.people : args.people + args.new_people], args.seed + 2)
+    world_a, world_b = begin(args)
     world_c = changed(world_b, args.seed + 3)
 
     tokenizer = train_tokenizer(directory, world_a, world_b)
@@ -87,6 +78,28 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     losses = {model: evaluate(directory, model) for model in ("retro", "gpt")}
     report(directory, shares, losses, len(world_b))
     return shares
+
+
+# ------------------------------------------------------------------------------------------------ worlds
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """The arguments that every program with these worlds has."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="directory for everything")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--people", type=int, default=600, help="in world A")
+    parser.add_argument("--new-people", type=int, default=60, help="in world B")
+    parser.add_argument("--train-iters", type=int, default=600)
+    return parser
+
+
+def begin(args: argparse.Namespace) -> tuple[list[Fact], list[Fact]]:
+    """Make the output directory; the facts of worlds A and B."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    everyone = people(args.seed)
+    new_people = everyone[args.people : args.people + args.new_people]
+    return facts(everyone[: args.people], args.seed + 1), facts(new_people, args.seed + 2)
 
 
 # ------------------------------------------------------------------------------------------------ texts

@@ -38,7 +38,6 @@ class RetroConfig:
     retro_max_overlap: float = flag(
         1.0, "training reads no neighbor that shares a longer run of tokens with its chunk than this share of a chunk"
     )
-
     retro_freeze_decoder: bool = flag(False, "train encoder and cross-attention alone; other weights stay as they are")
 
     def finish(self, model: "ModelConfig") -> None:

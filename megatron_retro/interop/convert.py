@@ -28,8 +28,7 @@ def convert(config: ConvertConfig) -> None:
     given = config.conversion
     assert given.load and given.save
     source = open_source("--load", given.load, trust_pickle=given.trust_pickle)
-    if isinstance(source, OwnCheckpoint):
-        raise UserError(f"--load {given.load} is a checkpoint of this project already")
+    assert not isinstance(source, OwnCheckpoint)  # those are exported
     save = pathlib.Path(given.save)
     if there := checkpoint_files.complete(save):
         raise UserError(f"--save {save} holds checkpoints already, up to {there[0].name}; give another directory")

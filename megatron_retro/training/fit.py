@@ -129,16 +129,19 @@ def adopt(given: dict[str, Any], source: Source, flag: str = "--retro-fit-from")
     return adopted
 
 
-def check(source: Source, *, seq_length: int, chunk_length: int, vocab_size: int) -> None:
+def check(
+    source: Source, flag: str = "--retro-fit-from", *, seq_length: int, chunk_length: int, vocab_size: int
+) -> None:
     """Check the data against a source.
 
     Args:
+        flag: that names the source, for messages.
         vocab_size: of the work dir's tokenizer, not padded.
 
     Raises:
         UserError: names both values.
     """
-    where = f"--retro-fit-from {source.path}"
+    where = f"{flag} {source.path}"
     if source.longest is not None and seq_length > source.longest:
         raise UserError(f"--seq-length {seq_length} is more than the {source.longest} positions of {where}")
     if source.chunk_length not in (None, chunk_length):
@@ -154,11 +157,11 @@ def check(source: Source, *, seq_length: int, chunk_length: int, vocab_size: int
 def fit(stages: list[RetroModel], source: Source, flag: str = "--retro-fit-from") -> Fitted:
     """Copy what the source has into this rank's part of the model; every rank calls it.
 
-    Args:
-        flag: that names the source, for messages.
-
     Rows of tokens that the source does not know (of a padded vocabulary) become the mean of those it knows: their
     logit is then below the mean of the others, so they hardly count.
+
+    Args:
+        flag: that names the source, for messages.
 
     Raises:
         UserError: a tensor is missing, has no place, or another shape; names it and both shapes.

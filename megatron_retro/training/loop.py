@@ -83,7 +83,8 @@ def train(config: PretrainConfig, started: float, source: Source | None = None) 
     found = _checkpoint(config) if run.load else None
     chunk_length, known = data.table.chunk_length, data.vocab_size
     if source:
-        fit.check(source, seq_length=config.model.seq_length, chunk_length=chunk_length, vocab_size=known)
+        flag = "--load" if found else "--retro-fit-from"
+        fit.check(source, flag, seq_length=config.model.seq_length, chunk_length=chunk_length, vocab_size=known)
         distributed.together(functools.partial(source.check_tokenizer, data.tokenizer_digest, data.tokenizer_path))
         known = source.vocab_size
 
